@@ -1,0 +1,51 @@
+# Every target sets itself up: the first call creates .venv and installs what it needs, later calls find the stamp files.
+VENV    ?= .venv
+PYTHON  ?= python3
+WORKERS ?= 2
+ARGS    ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check --quiet install --constraint constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help test demo conformance bench lint format clean
+
+help:  ## show this list
+	@echo "usage: make TARGET [ARGS='...']"
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+test: $(VENV)/.stamp-test  ## run the tests (ARGS go to pytest)
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow" $(ARGS)
+
+demo: $(VENV)/.stamp-demo  ## train, evaluate and generate with a small KERMIT (ARGS="--help" lists the options)
+	$(BIN)/python -m kermit_hf.quickstart $(ARGS)
+
+conformance: $(VENV)/.stamp-conformance  ## run transformers' own common model tests on our classes (ARGS="--help")
+	$(BIN)/python -m tests.conformance $(ARGS)
+
+bench: $(VENV)/.stamp-bench  ## time our models beside their peers and plot the result (ARGS="--help")
+	$(BIN)/python -m tests.benchmarks $(ARGS)
+
+lint: $(VENV)/.stamp-dev  ## check style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.stamp-dev  ## fix style and formatting in place
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove the environment, caches and build products (trained models stay)
+	rm -rf $(VENV) .cache build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch goes in first and alone: resolved together with the rest, an index may offer a larger build of it.
+$(VENV)/.stamp-torch: constraints.txt
+	@echo "setting up $(VENV) (first run only, a few minutes)"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	@touch $@
+
+$(VENV)/.stamp-%: $(VENV)/.stamp-torch pyproject.toml
+	@echo "installing the packages for: $*"
+	$(PIP) --editable '.[$*]'
+	@touch $@

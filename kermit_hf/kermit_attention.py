@@ -1,0 +1,304 @@
+"""KERMIT attention: near field and far field put together, as functions on tensors.
+
+Tokens sit in slots, (batch, kv_heads, slots, ...), the queries being the last `length` of them. With W = `window_size`, the
+query in slot i attends exactly to slots i - W + 1 ... i and to the sink tokens, and reads everything older, slot i - W
+and before, from the memory. The far field is therefore ordinary causal kernel attention with the queries shifted by W.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from .kernel_attention import (
+    KernelMemory,
+    KernelReadout,
+    additive_chunked,
+    additive_reference,
+    additive_step,
+    delta_chunked,
+    delta_reference,
+    delta_step,
+)
+from .window_attention import FarField, Sinks, window_blocked, window_reference
+
+
+class UpdateRule(NamedTuple):
+    """The three forms of one rule, see `kernel_attention`."""
+
+    reference: Callable[..., KernelReadout]
+    chunked: Callable[..., KernelReadout]
+    step: Callable[..., KernelReadout]
+
+
+UPDATE_RULES = {
+    "additive": UpdateRule(additive_reference, additive_chunked, additive_step),
+    "delta": UpdateRule(delta_reference, delta_chunked, delta_step),
+}
+
+
+class Slots(NamedTuple):
+    """What attention over `slots` columns of tokens reads.
+
+    keys (without positions), values: (batch, kv_heads, slots, head_dim); gates: "log_forget" and "write_strength", (batch,
+    kv_heads, slots), those that the model has. first_real: slot of each row's first real token, an int or (batch,),
+    negative where it has left. sink_keys, sink_values: (batch, kv_heads, num_sink_tokens, head_dim). memory: of the
+    tokens before the first slot, None if there are none. num_absorbed: leading slots that the memory keeps for good.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    gates: dict[str, torch.Tensor]
+    first_real: int | torch.Tensor
+    sink_keys: torch.Tensor
+    sink_values: torch.Tensor
+    memory: KernelMemory | None = None
+    num_absorbed: int = 0
+
+
+class FarReadout(NamedTuple):
+    """numerator (batch, heads, length, head_dim); denominator (batch, heads, length), None for the delta rule; log_scale of
+    the queries, (batch, heads, length) or None; empty, which queries have nothing behind their window, broadcastable to
+    (batch, heads, length); weights (batch, heads, length, slots), from the reference."""
+
+    numerator: torch.Tensor
+    denominator: torch.Tensor | None
+    log_scale: torch.Tensor | None
+    empty: torch.Tensor
+    weights: torch.Tensor | None
+
+
+class KermitAttentionOutput(NamedTuple):
+    """output (batch, heads, length, head_dim); weights (batch, heads, length, slots) and sink_weights (batch, heads,
+    length, num_sink_tokens), from the explicit form; memory with `num_absorbed` more slots."""
+
+    output: torch.Tensor
+    weights: torch.Tensor | None
+    sink_weights: torch.Tensor | None
+    memory: KernelMemory | None
+
+
+def kermit_attention(
+    query: torch.Tensor,
+    slots: Slots,
+    rotary: tuple[torch.Tensor, torch.Tensor] | None,
+    window_size: int,
+    update_rule: str,
+    map_queries: Callable,
+    map_keys: Callable,
+    far_logit: torch.Tensor,
+    far_norm: Callable | None = None,
+    is_causal: bool = True,
+    explicit: bool = False,
+    scaling: float = 1.0,
+    dropout: float = 0.0,
+) -> KermitAttentionOutput:
+    """Attention of the last `length` slots.
+
+    Args:
+        query: (batch, heads, length, head_dim), without positions.
+        slots: the tokens, see `Slots`.
+        rotary: cosine and sine of slot numbers, both (slots, head_dim); None at `window_size` 0.
+        update_rule: "additive" or "delta".
+        map_queries, map_keys: methods of a `FeatureMap`; unit features for the delta rule.
+        far_logit: (batch, heads, length), learned part of the far field's logit.
+        far_norm: norm of the far field's value, for the delta rule.
+        explicit: build all weights, in O(length * slots); the outputs agree with the linear form to rounding.
+        scaling: of the near field's scores, 1 / sqrt(head_dim).
+        dropout: probability, on the softmax weights.
+    """
+    far, memory = _far_field(query, slots, window_size, update_rule, map_queries, map_keys, is_causal, explicit)
+    far_field, far_weights = None, None
+    if far is not None:
+        far_field = _virtual_token(far, far_logit, far_norm)
+        far_weights = far.weights
+        if explicit and far.denominator is not None:
+            far_weights = far_weights / _positive(far.denominator)[..., None]
+    if window_size == 0:
+        return KermitAttentionOutput(F.dropout(far_field.value, dropout), far_weights, None, memory)
+
+    cos, sin = rotary
+    length, num_slots = query.shape[2], slots.keys.shape[2]
+    scaled = query * scaling
+    sinks = None
+    if num_slots > window_size and slots.sink_keys.shape[2] > 0:
+        sinks = _sinks(scaled, slots, window_size, cos, sin)
+    window = window_reference if explicit else window_blocked
+    near = window(
+        rotate(scaled, cos[num_slots - length :], sin[num_slots - length :]),
+        rotate(slots.keys, cos, sin),
+        slots.values,
+        window_size,
+        slots.first_real,
+        sinks,
+        far_field,
+        is_causal,
+        dropout,
+    )
+    weights = near.near
+    if explicit and far is not None:
+        weights = weights + near.far * far_weights
+    return KermitAttentionOutput(near.output, weights, near.sinks, memory)
+
+
+def rotate(tensor: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary position embedding (Su et al. 2021, arXiv 2104.09864, eq. 34), halves of a head as real and imaginary parts."""
+    first, second = tensor.chunk(2, -1)
+    cos, sin = cos.to(tensor.dtype), sin.to(tensor.dtype)
+    return tensor * cos + torch.cat([-second, first], -1) * sin
+
+
+def _sinks(query: torch.Tensor, slots: Slots, window_size: int, cos: torch.Tensor, sin: torch.Tensor) -> Sinks:
+    """Sink tokens that lie behind the window, at rotary distance `window_size - index` whatever the true distance.
+
+    Only the difference of two positions matters, so the few sink keys are turned by it, instead of all queries: backwards,
+    hence the minus. The second factor `cos^2 + sin^2` is what turning the queries would have scaled them by.
+    """
+    count = slots.sink_keys.shape[2]
+    distance = window_size - torch.arange(count, device=query.device)
+    keys = rotate(slots.sink_keys, cos[distance], -sin[distance])
+    attention_scaling = (cos[:1].square() + sin[:1].square()).sqrt()[..., :1]
+    groups = query.shape[1] // keys.shape[1]
+    logits = query @ (keys * attention_scaling.to(keys.dtype)).repeat_interleave(groups, 1).mT
+    hidden = _num_older(slots, query.shape[2], window_size)[..., None] <= torch.arange(count, device=query.device)
+    return Sinks(logits.float().masked_fill(hidden, float("-inf")), slots.sink_values)
+
+
+def _virtual_token(far: FarReadout, logit: torch.Tensor, norm: Callable | None) -> FarField:
+    """The far field as one token: its value, and the logit with which it enters the softmax."""
+    if far.denominator is None:
+        value = norm(far.numerator)
+    else:
+        denominator = _positive(far.denominator)
+        value, logit = far.numerator / denominator[..., None], logit + denominator.log()
+    if far.log_scale is not None:
+        logit = logit + far.log_scale
+    return FarField(value, logit.to(value.dtype).masked_fill(far.empty, float("-inf")))
+
+
+def _far_field(
+    query: torch.Tensor,
+    slots: Slots,
+    window_size: int,
+    update_rule: str,
+    map_queries: Callable,
+    map_keys: Callable,
+    is_causal: bool,
+    explicit: bool,
+) -> tuple[FarReadout | None, KernelMemory | None]:
+    """What each query reads of slots older than its window, and the memory after the absorbed slots."""
+    rule = UPDATE_RULES[update_rule]
+    num_slots, length = slots.keys.shape[2], query.shape[2]
+    num_sinks = slots.sink_keys.shape[2]
+    if num_slots <= window_size:
+        return None, slots.memory
+    query_features, log_scale = map_queries(query)
+    if not is_causal:
+        return _far_both_ways(query_features, log_scale, slots, window_size, rule, map_keys, explicit), None
+
+    start, end, absorbed = 0, num_slots - window_size, slots.num_absorbed
+    if isinstance(slots.first_real, int):
+        # Sinks never enter the memory. Without padding they are the same slots in every row, and a slice leaves them out.
+        start = min(max(slots.first_real + num_sinks, 0), end)
+    tokens = _far_tokens(slots, start, end, map_keys)
+    memory, keeps_all = slots.memory, absorbed >= end
+    if not keeps_all and absorbed > start:
+        # Tokens that may still be rolled back are read through a memory that is thrown away.
+        first = {name: tensor[:, :, : absorbed - start] for name, tensor in tokens.items()}
+        memory = rule.chunked(first["key"], **first, memory=memory).memory
+        tokens = {name: tensor[:, :, absorbed - start :] for name, tensor in tokens.items()}
+        start = absorbed
+    count = end - start
+    if count == 0:
+        return None, memory
+
+    # The query in slot i reads up to slot i - window_size: the last queries pair up with the last of these tokens.
+    early, skip = max(length - count, 0), max(count - length, 0)
+    paired = F.pad(query_features, (0, 0, skip, 0))[:, :, early:]
+    form = rule.reference if explicit else rule.step if count == 1 and memory is not None else rule.chunked
+    read = form(paired, **tokens, memory=memory)
+    far = FarReadout(
+        F.pad(read.numerator[:, :, skip:], (0, 0, early, 0)),
+        None if read.denominator is None else F.pad(read.denominator[:, :, skip:], (early, 0)),
+        log_scale,
+        _num_older(slots, length, window_size) <= num_sinks,
+        F.pad(read.weights[:, :, skip:], (start, num_slots - end, early, 0)) if explicit else None,
+    )
+    return far, read.memory if keeps_all else memory
+
+
+def _far_both_ways(
+    query_features: torch.Tensor,
+    log_scale: torch.Tensor | None,
+    slots: Slots,
+    window_size: int,
+    rule: UpdateRule,
+    map_keys: Callable,
+    explicit: bool,
+) -> FarReadout:
+    """For encoders: a memory of everything before the window plus one, read backwards, of everything behind it."""
+    form = rule.reference if explicit else rule.chunked
+    num_slots = slots.keys.shape[2]
+    num_sinks = slots.sink_keys.shape[2]
+    numerator = denominator = weights = 0
+    # Without a window the forward memory holds the query's own token; the backward one must not count it again.
+    for shift, flip in ((window_size, False), (max(window_size, 1), True)):
+        count = num_slots - shift
+        if count <= 0:
+            continue
+        tokens = _far_tokens(slots, *((shift, num_slots) if flip else (0, count)), map_keys)
+        queries = query_features[:, :, :count] if flip else query_features[:, :, shift:]
+        if flip:
+            queries, tokens = queries.flip(2), {name: tensor.flip(2) for name, tensor in tokens.items()}
+        read = form(queries, **tokens)
+        around = (0, shift) if flip else (shift, 0)
+        back = (lambda tensor, *axes: tensor.flip(axes)) if flip else (lambda tensor, *axes: tensor)
+        numerator = numerator + F.pad(back(read.numerator, 2), (0, 0, *around))
+        if read.denominator is not None:
+            denominator = denominator + F.pad(back(read.denominator, 2), around)
+        if explicit:
+            weights = weights + F.pad(back(read.weights, 2, 3), (*around[::-1], *around))
+
+    older = _num_older(slots, num_slots, window_size)
+    index = torch.arange(num_slots, device=query_features.device)
+    num_foldable = num_slots - _column(slots.first_real) - num_sinks
+    newer = torch.minimum(num_slots - max(window_size, 1) - index, torch.as_tensor(num_foldable))
+    empty = (older <= num_sinks) & (newer <= 0)
+    return FarReadout(
+        numerator,
+        denominator if isinstance(denominator, torch.Tensor) else None,
+        log_scale,
+        empty,
+        weights if explicit else None,
+    )
+
+
+def _far_tokens(slots: Slots, start: int, end: int, map_keys: Callable) -> dict[str, torch.Tensor]:
+    """Slots start ... end as arguments of a rule; padding and sinks become tokens that leave the memory as it is."""
+    key = map_keys(slots.keys[:, :, start:end])
+    tokens = {"key": key, "value": slots.values[:, :, start:end]}
+    tokens |= {name: gate[:, :, start:end] for name, gate in slots.gates.items()}
+    first = slots.first_real + slots.sink_keys.shape[2]
+    if isinstance(first, int) and first <= start:
+        return tokens
+    index = torch.arange(start, end, device=key.device)
+    enters = (index >= _column(first)).expand(1 if isinstance(first, int) else len(first), 1, -1)
+    if "write_strength" not in tokens:
+        tokens["key"] = key * enters[..., None]
+    return tokens | {name: tokens[name] * enters for name in slots.gates}
+
+
+def _num_older(slots: Slots, length: int, window_size: int) -> torch.Tensor:
+    """How many real tokens, sinks included, lie behind each query's window: (length,), or (batch, 1, length)."""
+    num_slots = slots.keys.shape[2]
+    index = torch.arange(num_slots - length, num_slots, device=slots.keys.device)
+    return index - window_size - _column(slots.first_real) + 1
+
+
+def _column(first_real: int | torch.Tensor) -> int | torch.Tensor:
+    return first_real.view(-1, 1, 1) if isinstance(first_real, torch.Tensor) else first_real
+
+
+def _positive(denominator: torch.Tensor) -> torch.Tensor:
+    return denominator.clamp(min=1e-30)

@@ -1,0 +1,377 @@
+"""Kernel attention as pure functions on tensors: no module, no config.
+
+Notation, per head, with feature map phi applied beforehand by the caller (`query` and `key` below are phi(q) and phi(k)):
+
+    additive   S_t = g_t S_{t-1} + k_t v_t^T      z_t = g_t z_{t-1} + k_t      numerator q_t^T S_t, denominator q_t^T z_t
+    delta      S_t = g_t (S_{t-1} - b_t k_t (k_t^T S_{t-1})) + b_t k_t v_t^T   numerator q_t^T S_t, no denominator
+
+    additive, g = 1: linear attention (Katharopoulos et al. 2020, eq. 16-20); delta, g = 1: DeltaNet (Yang et al. 2024a,
+    arXiv 2406.06484, eq. 1); delta with g < 1: Gated DeltaNet (Yang et al. 2024b, arXiv 2412.06464, eq. 10).
+
+Each rule has three forms under one signature: `*_reference` builds the explicit (queries x keys) matrix of weights,
+`*_chunked` is linear in the length and made of matrix products, `*_step` is the recurrence above for one token.
+
+Shapes: query (batch, heads, seq, feature_dim); key (batch, kv_heads, seq, feature_dim); value (batch, kv_heads, seq,
+head_dim); log_forget = log g <= 0 and write_strength = b, both (batch, kv_heads, seq), log_forget may be None (g = 1).
+`heads` is a multiple of `kv_heads`; consecutive query heads share a key/value head and its memory. A token with zero
+key (additive) or zero write strength (delta) and zero log_forget leaves the memory exactly as it was: that is padding.
+
+Sums and exponentials are taken in float32 (float64 stays float64); outputs keep that precision, callers cast back.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+
+# Decays smaller than exp(-60) are dropped: below it products become denormal numbers, which CPUs process ~100x slower.
+MIN_LOG_DECAY = -60.0
+
+
+class KernelMemory(NamedTuple):
+    """What is left of all tokens read so far: constant size, whatever their number.
+
+    matrix: S, (batch, kv_heads, feature_dim, head_dim). normalizer: z, (batch, kv_heads, feature_dim), None for the
+    delta rule.
+    """
+
+    matrix: torch.Tensor
+    normalizer: torch.Tensor | None = None
+
+
+class KernelReadout(NamedTuple):
+    """numerator (batch, heads, seq, head_dim); denominator (batch, heads, seq), None for the delta rule; `memory` after
+    the last token; `weights` (batch, heads, seq, seq) with numerator = weights @ value + what the initial memory gave,
+    only from the reference forms."""
+
+    numerator: torch.Tensor
+    denominator: torch.Tensor | None
+    memory: KernelMemory
+    weights: torch.Tensor | None = None
+
+
+def empty_memory(key: torch.Tensor, value: torch.Tensor, normalized: bool) -> KernelMemory:
+    """The memory before the first token, on the device of `key` and in the precision of the sums."""
+    batch, kv_heads, _, feature_dim = key.shape
+    dtype = _sum_dtype(value)
+    matrix = torch.zeros(batch, kv_heads, feature_dim, value.shape[-1], dtype=dtype, device=key.device)
+    normalizer = torch.zeros(batch, kv_heads, feature_dim, dtype=dtype, device=key.device) if normalized else None
+    return KernelMemory(matrix, normalizer)
+
+
+# Reference: the explicit matrix of weights. Quadratic and obvious.
+
+
+def additive_reference(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    log_forget: torch.Tensor | None = None,
+    memory: KernelMemory | None = None,
+) -> KernelReadout:
+    """Additive rule as weights[i, j] = (q_i . k_j) prod_{j < l <= i} g_l for j <= i. Shapes: see the module."""
+    query, key, value, log_forget = _upcast(query, key, value, log_forget)
+    memory = empty_memory(key, value, normalized=True) if memory is None else memory
+    decay, decay_in, decay_out, decay_all = _decays(log_forget, key)
+    queries = _group(query, key.shape[1])
+
+    weights = (queries @ key[:, :, None].mT) * decay[:, :, None]
+    from_memory = queries * decay_in[:, :, None, :, None]
+    numerator = weights @ value[:, :, None] + from_memory @ memory.matrix[:, :, None]
+    denominator = weights.sum(-1) + (from_memory @ memory.normalizer[:, :, None, :, None]).squeeze(-1)
+
+    decayed_key = key * decay_out[..., None]
+    memory = KernelMemory(
+        memory.matrix * decay_all[..., None, None] + decayed_key.mT @ value,
+        memory.normalizer * decay_all[..., None] + decayed_key.sum(-2),
+    )
+    return KernelReadout(numerator.flatten(1, 2), denominator.flatten(1, 2), memory, weights.flatten(1, 2))
+
+
+def delta_reference(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    write_strength: torch.Tensor,
+    log_forget: torch.Tensor | None = None,
+    memory: KernelMemory | None = None,
+) -> KernelReadout:
+    """Delta rule as one triangular solve over the whole sequence. Shapes: see the module.
+
+    With u_t the correction that token t writes, u_t = b_t (v_t - g_t k_t^T S_{t-1}) and S_t = g_t S_{t-1} + k_t u_t^T,
+    hence (I + A) u = b v - (what the initial memory predicts), A[i, j] = b_i (k_i . k_j) prod_{j < l <= i} g_l, j < i.
+    """
+    query, key, value, log_forget, write_strength = _upcast(query, key, value, log_forget, write_strength)
+    memory = empty_memory(key, value, normalized=False) if memory is None else memory
+    decay, decay_in, decay_out, decay_all = _decays(log_forget, key)
+    queries = _group(query, key.shape[1])
+
+    system = ((write_strength[..., None] * key) @ key.mT * decay).tril(-1)
+    identity = torch.eye(key.shape[2], dtype=key.dtype, device=key.device)
+    solve = torch.linalg.inv(identity + system) * write_strength[..., None, :]
+    predicted = (key * decay_in[..., None]) @ memory.matrix
+
+    read = (queries @ key[:, :, None].mT) * decay[:, :, None]
+    weights = read @ solve[:, :, None]
+    from_memory = (queries * decay_in[:, :, None, :, None]) @ memory.matrix[:, :, None]
+    numerator = weights @ (value - predicted)[:, :, None] + from_memory
+
+    written = solve @ (value - predicted)
+    matrix = memory.matrix * decay_all[..., None, None] + (key * decay_out[..., None]).mT @ written
+    return KernelReadout(numerator.flatten(1, 2), None, KernelMemory(matrix), weights.flatten(1, 2))
+
+
+# Chunked: linear in the length.
+
+
+def additive_chunked(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    log_forget: torch.Tensor | None = None,
+    memory: KernelMemory | None = None,
+    chunk_size: int | None = None,
+) -> KernelReadout:
+    """Additive rule in chunks: explicit weights inside a chunk, the memory for everything before it.
+
+    O(seq * chunk_size) work and memory. Any length. Shapes: see the module.
+    """
+    length, kv_heads = query.shape[2], key.shape[1]
+    chunk_size = chunk_size or default_chunk_size(key.shape[-1], length)
+    query, key, value, log_forget = _upcast(query, key, value, log_forget)
+    memory = empty_memory(key, value, normalized=True) if memory is None else memory
+    queries = _chunk_queries(query, kv_heads, chunk_size)
+    key, value = _chunk(key, chunk_size), _chunk(value, chunk_size)
+
+    weights = queries @ key.mT
+    if log_forget is None:
+        weights = _mask_future(weights, chunk_size)
+        from_memory, decayed_key, decay_all = queries, key, None
+    else:
+        decay, decay_in, decay_out, decay_all = _decays(_chunk(log_forget, chunk_size), key)
+        weights = _repeat_rows(decay, weights.shape[-2]) * weights
+        from_memory = _repeat_rows(decay_in[..., None], queries.shape[-2]) * queries
+        decayed_key = key * decay_out[..., None]
+
+    matrices, last_matrix = _carry(decayed_key.mT @ value, decay_all, memory.matrix)
+    normalizers, last_normalizer = _carry(decayed_key.sum(-2), decay_all, memory.normalizer)
+    numerator = torch.baddbmm(
+        (weights @ value).flatten(0, 2), from_memory.flatten(0, 2), matrices.flatten(0, 2)
+    ).unflatten(0, weights.shape[:3])
+    denominator = weights.sum(-1, keepdim=True) + from_memory @ normalizers[..., None]
+    return KernelReadout(
+        _unchunk_queries(numerator, chunk_size, length),
+        _unchunk_queries(denominator, chunk_size, length).squeeze(-1),
+        KernelMemory(last_matrix, last_normalizer),
+    )
+
+
+def delta_chunked(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    write_strength: torch.Tensor,
+    log_forget: torch.Tensor | None = None,
+    memory: KernelMemory | None = None,
+    chunk_size: int | None = None,
+) -> KernelReadout:
+    """Delta rule in chunks (WY form: Yang et al. 2024a, section 3; with decay: 2024b, section 3.3). Shapes: see the module.
+
+    Inside a chunk the corrections u solve a unit triangular system, which splits as u = U - W S with S the memory before
+    the chunk; only S' = g S + K^T (U - W S) has to be carried from chunk to chunk. The system is solved by substitution:
+    doubling, (I - A)(I + A^2)(I + A^4)..., loses all digits when keys repeat, because powers of A grow before they vanish.
+    """
+    length, kv_heads = query.shape[2], key.shape[1]
+    chunk_size = chunk_size or min(64, _next_power_of_two(length))
+    query, key, value, log_forget, write_strength = _upcast(query, key, value, log_forget, write_strength)
+    memory = empty_memory(key, value, normalized=False) if memory is None else memory
+    queries = _chunk_queries(query, kv_heads, chunk_size)
+    key, value = _chunk(key, chunk_size), _chunk(value, chunk_size)
+    write_strength = _chunk(write_strength, chunk_size)[..., None]
+
+    weights = queries @ key.mT
+    written_key = key * write_strength
+    system = written_key @ key.mT
+    if log_forget is None:
+        weights = _mask_future(weights, chunk_size)
+        from_memory, decayed_key, decay_all = queries, key, None
+        recalled_key = written_key
+    else:
+        decay, decay_in, decay_out, decay_all = _decays(_chunk(log_forget, chunk_size), key)
+        system = system * decay
+        weights = _repeat_rows(decay, weights.shape[-2]) * weights
+        from_memory = _repeat_rows(decay_in[..., None], queries.shape[-2]) * queries
+        decayed_key = key * decay_out[..., None]
+        recalled_key = written_key * decay_in[..., None]
+
+    identity = torch.eye(chunk_size, dtype=key.dtype, device=key.device)
+    # `unitriangular` reads the strict lower triangle only: neither the diagonal nor the future need masking.
+    inverse = torch.linalg.solve_triangular(system, identity.expand_as(system), upper=False, unitriangular=True)
+    corrections = inverse @ (value * write_strength)
+    recalled = inverse @ recalled_key
+
+    matrix, matrices, written = memory.matrix, [], []
+    steps = zip(corrections.unbind(2), recalled.unbind(2), decayed_key.mT.unbind(2))
+    decays = decay_all[..., None, None].unbind(2) if decay_all is not None else None
+    # Lists and one `stack`, not slices of a preallocated tensor: the backward of a slice is as large as the whole tensor.
+    for index, (correction, recall, chunk_key) in enumerate(steps):
+        matrices.append(matrix)
+        written.append(correction - recall @ matrix)
+        carried = matrix if decays is None else matrix * decays[index]
+        matrix = carried + chunk_key @ written[-1]
+    matrices, written = torch.stack(matrices, 2), torch.stack(written, 2)
+
+    numerator = torch.baddbmm(
+        (weights @ written).flatten(0, 2), from_memory.flatten(0, 2), matrices.flatten(0, 2)
+    ).unflatten(0, weights.shape[:3])
+    return KernelReadout(_unchunk_queries(numerator, chunk_size, length), None, KernelMemory(matrix))
+
+
+# Step: the recurrence, one token.
+
+
+def additive_step(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    log_forget: torch.Tensor | None = None,
+    memory: KernelMemory | None = None,
+) -> KernelReadout:
+    """Additive rule for one token (seq = 1). Shapes: see the module."""
+    query, key, value, log_forget = _upcast(query, key, value, log_forget)
+    matrix, normalizer = empty_memory(key, value, normalized=True) if memory is None else memory
+    if log_forget is not None:
+        forget = log_forget.exp()
+        matrix, normalizer = matrix * forget[..., None], normalizer * forget
+    matrix = torch.addcmul(matrix, key.mT, value)
+    normalizer = normalizer + key.squeeze(2)
+    memory = KernelMemory(matrix, normalizer)
+    return read_memory(query, memory)
+
+
+def delta_step(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    write_strength: torch.Tensor,
+    log_forget: torch.Tensor | None = None,
+    memory: KernelMemory | None = None,
+) -> KernelReadout:
+    """Delta rule for one token (seq = 1). Shapes: see the module."""
+    query, key, value, log_forget, write_strength = _upcast(query, key, value, log_forget, write_strength)
+    matrix = (empty_memory(key, value, normalized=False) if memory is None else memory).matrix
+    if log_forget is not None:
+        matrix = matrix * log_forget.exp()[..., None]
+    written = write_strength[..., None] * (value - key @ matrix)
+    return read_memory(query, KernelMemory(torch.addcmul(matrix, key.mT, written)))
+
+
+def read_memory(query: torch.Tensor, memory: KernelMemory) -> KernelReadout:
+    """Reads a memory that is not written to: numerator q^T S and denominator q^T z for any number of queries."""
+    (query,) = _upcast(query)
+    queries = _group(query, memory.matrix.shape[1]).flatten(2, 3)
+    shape = (memory.matrix.shape[1], query.shape[1] // memory.matrix.shape[1], query.shape[2])
+    numerator = (queries @ memory.matrix).view(query.shape[0], *shape, -1).flatten(1, 2)
+    denominator = None
+    if memory.normalizer is not None:
+        denominator = (queries @ memory.normalizer[..., None]).view(query.shape[0], *shape).flatten(1, 2)
+    return KernelReadout(numerator, denominator, memory)
+
+
+# Helpers.
+
+
+def default_chunk_size(feature_dim: int, length: int) -> int:
+    """Work per token is chunk_size * (feature_dim + head_dim) inside a chunk and feature_dim * head_dim for the memory,
+    so wide feature maps want longer chunks; a short sequence is one chunk."""
+    chunk_size = 64 if feature_dim <= 128 else 128 if feature_dim <= 512 else 256
+    return min(chunk_size, _next_power_of_two(length))
+
+
+def _next_power_of_two(length: int) -> int:
+    return 1 << max(length - 1, 0).bit_length()
+
+
+def _sum_dtype(tensor: torch.Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def _upcast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    dtype = _sum_dtype(tensors[0])
+    return tuple(tensor if tensor is None else tensor.to(dtype) for tensor in tensors)
+
+
+def _group(query: torch.Tensor, kv_heads: int) -> torch.Tensor:
+    """(batch, heads, seq, dim) -> (batch, kv_heads, heads // kv_heads, seq, dim)"""
+    return query.unflatten(1, (kv_heads, -1))
+
+
+def _chunk(tensor: torch.Tensor, chunk_size: int) -> torch.Tensor:
+    """(batch, kv_heads, seq, ...) -> (batch, kv_heads, chunks, chunk_size, ...), zeros at the end."""
+    missing = -tensor.shape[2] % chunk_size
+    if missing:
+        tensor = F.pad(tensor, (0, 0) * (tensor.dim() - 3) + (0, missing))
+    return tensor.unflatten(2, (-1, chunk_size))
+
+
+def _chunk_queries(query: torch.Tensor, kv_heads: int, chunk_size: int) -> torch.Tensor:
+    """(batch, heads, seq, dim) -> (batch, kv_heads, chunks, groups * chunk_size, dim): the query heads of one key/value
+    head become rows of one matrix product."""
+    query = _chunk(query, chunk_size).unflatten(1, (kv_heads, -1))
+    return query.transpose(2, 3).flatten(3, 4)
+
+
+def _unchunk_queries(tensor: torch.Tensor, chunk_size: int, length: int) -> torch.Tensor:
+    """The way back from `_chunk_queries`."""
+    tensor = tensor.unflatten(3, (-1, chunk_size)).transpose(2, 3)
+    return tensor.flatten(3, 4).flatten(1, 2)[:, :, :length]
+
+
+def _repeat_rows(tensor: torch.Tensor, rows: int) -> torch.Tensor:
+    """Repeats (..., chunk_size, dim) for each query head of a group, to match `_chunk_queries`."""
+    groups = rows // tensor.shape[-2]
+    return tensor if groups == 1 else tensor.repeat((1,) * (tensor.dim() - 2) + (groups, 1))
+
+
+def _mask_future(weights: torch.Tensor, chunk_size: int) -> torch.Tensor:
+    return weights.unflatten(-2, (-1, chunk_size)).tril().flatten(-3, -2)
+
+
+def _decays(log_forget: torch.Tensor | None, key: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Products of forget factors between positions of the second last axis of `key`.
+
+    Returns, for positions i and j: decay[..., i, j] = prod_{j < l <= i} g_l (0 for j > i); decay_in[..., i] from the
+    start up to and with i; decay_out[..., j] after j to the end; decay_all, the whole product.
+    """
+    if log_forget is None:
+        log_forget = key.new_zeros(key.shape[:-1])
+    total = log_forget.cumsum(-1)
+    future = torch.ones(total.shape[-1], total.shape[-1], dtype=torch.bool, device=total.device).triu(1)
+    pairwise = (total[..., :, None] - total[..., None, :]).masked_fill(future, float("-inf"))
+    return (
+        _exp_decay(pairwise),
+        _exp_decay(total),
+        _exp_decay(total[..., -1:] - total),
+        _exp_decay(total[..., -1]),
+    )
+
+
+def _exp_decay(log_decay: torch.Tensor) -> torch.Tensor:
+    return torch.where(log_decay < MIN_LOG_DECAY, 0.0, log_decay.clamp(min=MIN_LOG_DECAY).exp())
+
+
+def _carry(
+    contributions: torch.Tensor, decays: torch.Tensor | None, initial: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Runs x_{c+1} = decay_c x_c + contribution_c over axis 2.
+
+    Returns the value before each chunk, stacked on axis 2, and the value after the last.
+    """
+    value, before = initial, []
+    shape = (...,) + (None,) * (contributions.dim() - 3)
+    decays = decays[shape].unbind(2) if decays is not None else None
+    for index, contribution in enumerate(contributions.unbind(2)):
+        before.append(value)
+        value = value + contribution if decays is None else torch.addcmul(contribution, value, decays[index])
+    return torch.stack(before, 2), value

@@ -1,0 +1,769 @@
+"""KERMIT: a Llama-shaped decoder with a window of exact attention and a kernel memory of constant size behind it."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import (
+    LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING,
+    create_causal_mask,
+    create_recurrent_attention_mask,
+    create_sliding_window_causal_mask,
+)
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutputWithPast,
+    TokenClassifierOutput,
+)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
+from transformers.models.llama.modeling_llama import (
+    LlamaMLP,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+    apply_rotary_pos_emb,
+    eager_attention_forward,
+)
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .cache_kermit import LAYER_TYPE, take_slots
+from .configuration_kermit import KermitConfig
+from .feature_maps import FEATURE_MAPS, FeatureMap
+from .kermit_attention import Slots, kermit_attention
+
+
+# `generate` prepares masks ahead of a compiled step; a kernel layer needs to know padding only.
+LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING.setdefault(LAYER_TYPE, create_recurrent_attention_mask)
+
+
+class Padding(NamedTuple):
+    """Where the new tokens of a batch are padding. Kernel layers see each row with its padding first.
+
+    num_pad: (batch,). order: (batch, seq), the token in each place, None if padding comes first already. inverse: the
+    way back.
+    """
+
+    num_pad: torch.Tensor
+    order: torch.Tensor | None
+    inverse: torch.Tensor | None
+
+    @classmethod
+    def from_mask(cls, mask: torch.Tensor) -> "Padding":
+        """`mask`: (batch, seq), nonzero at real tokens."""
+        real = mask != 0
+        num_pad = (~real).sum(-1)
+        order = real.to(torch.uint8).argsort(dim=-1, stable=True)
+        if not torch.compiler.is_compiling() and bool((real[:, 1:] >= real[:, :-1]).all()):
+            return cls(num_pad, None, None)
+        return cls(num_pad, order, order.argsort(dim=-1))
+
+    def align(self, states: torch.Tensor) -> torch.Tensor:
+        """(batch, seq, dim) in the places of kernel layers."""
+        return states if self.order is None else take_slots(states, self.order, dim=1)
+
+    def restore(self, states: torch.Tensor, dim: int = 1) -> torch.Tensor:
+        """The way back, along axis `dim`."""
+        return states if self.inverse is None else take_slots(states, self.inverse, dim=dim)
+
+    def is_pad(self, length: int) -> torch.Tensor:
+        """(batch, seq), in the places of kernel layers."""
+        return torch.arange(length, device=self.num_pad.device) < self.num_pad[:, None]
+
+
+class KermitSoftmaxAttention(nn.Module):
+    """Llama's attention with the biases of Qwen2 and the query/key norms of Qwen3: `"full_attention"`,
+    `"sliding_attention"`."""
+
+    def __init__(self, config: KermitConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = config.is_causal
+        self.sliding_window = config.sliding_window if config.layer_types[layer_idx] == "sliding_attention" else None
+        queries, keys = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, queries, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, keys, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, keys, bias=config.attention_bias)
+        self.o_proj = nn.Linear(queries, config.hidden_size, bias=config.attention_output_bias)
+        if config.use_qk_norm:
+            self.q_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
+            self.k_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
+
+    def split_heads(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(batch, seq, heads * head_dim) each, as (batch, heads, seq, head_dim) with queries and keys normed."""
+        query, key, value = (states.unflatten(-1, (-1, self.head_dim)) for states in (query, key, value))
+        if self.config.use_qk_norm:
+            query, key = self.q_norm(query), self.k_norm(key)
+        return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        query, key, value = self.split_heads(
+            self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
+        )
+        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, weights = attention(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            **kwargs,
+        )
+        return self.o_proj(output.flatten(2).contiguous()), weights
+
+
+class KermitKernelAttention(KermitSoftmaxAttention):
+    """Exact attention to the window and the sink tokens, a kernel memory for everything older: `"kernel_attention"`.
+
+    With the eager implementation the second output holds the effective weights (batch, heads, seq, tokens so far).
+    Additive rule: they sum to one and, times the values, are the attention's output. Delta rule: the memory's share is
+    signed and stands before the output norm. Tokens that a cache has absorbed have no weight of their own any more.
+    """
+
+    def __init__(self, config: KermitConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        heads, key_value_heads = config.num_attention_heads, config.num_key_value_heads
+        feature_map = FEATURE_MAPS[config.feature_map]
+        self.feature_map = feature_map(self.head_dim, config.feature_dim, heads, key_value_heads)
+        self.feature_map.unit_norm = config.update_rule == "delta"
+        # The far field's logit is linear in the query; zero weights and bias leave the kernel's own scale as it is.
+        self.far_query = nn.Parameter(torch.empty(heads, self.head_dim))
+        self.far_bias = nn.Parameter(torch.empty(heads))
+        if config.update_rule == "delta":
+            self.write_proj = nn.Linear(config.hidden_size, key_value_heads)
+            self.far_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
+        if config.forget_gate:
+            self.forget_proj = nn.Linear(config.hidden_size, key_value_heads)
+        if config.conv_kernel_size:
+            channels = (heads + 2 * key_value_heads) * self.head_dim
+            self.conv_weight = nn.Parameter(torch.empty(channels, 1, config.conv_kernel_size))
+
+    def init_weights(self) -> None:
+        init.zeros_(self.far_query)
+        init.zeros_(self.far_bias)
+        if self.config.forget_gate:
+            # Heads start with half-lives from about 20 to 10,000 tokens, so that some of them remember far.
+            forget = torch.logspace(-1.5, -4, self.forget_proj.out_features)
+            init.copy_(self.forget_proj.bias, torch.logit(1 - forget))
+        if self.config.conv_kernel_size:
+            identity = torch.zeros_like(self.conv_weight, device="cpu")
+            identity[:, :, -1 if self.config.is_causal else self.config.conv_kernel_size // 2] = 1.0
+            init.copy_(self.conv_weight, identity)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None,
+        attention_mask: Padding | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        padding, length = attention_mask, hidden_states.shape[1]
+        cache = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+        if padding is not None:
+            hidden_states = padding.align(hidden_states)
+        query, key, value = self.split_heads(*self._project(hidden_states, padding, cache))
+        gates = self._gates(hidden_states)
+
+        if cache is None:
+            first_real = 0 if padding is None else padding.num_pad
+            num_sinks = self.config.num_sink_tokens
+            sink_keys, sink_values = _first_tokens(key, value, first_real, num_sinks)
+            slots = Slots(key, value, gates, first_real, sink_keys, sink_values)
+        else:
+            past_key_values.update(
+                key,
+                value,
+                self.layer_idx,
+                self.config.window_size,
+                self.config.num_sink_tokens,
+                gates,
+                None if padding is None else padding.num_pad,
+            )
+            slots = cache.past
+
+        explicit = self.config._attn_implementation == "eager"
+        result = kermit_attention(
+            query,
+            slots,
+            position_embeddings,
+            self.config.window_size,
+            self.config.update_rule,
+            self.feature_map.map_queries,
+            self.feature_map.map_keys,
+            (query @ self.far_query[..., None]).squeeze(-1).float() + self.far_bias[:, None].float(),
+            getattr(self, "far_norm", None),
+            self.config.is_causal,
+            explicit,
+            self.scaling,
+            self.attention_dropout if self.training else 0.0,
+        )
+        if cache is not None:
+            cache.store(result.memory)
+        output = result.output.to(hidden_states.dtype).transpose(1, 2).flatten(2)
+        weights = None
+        if explicit:
+            total = length if cache is None else int(past_key_values.get_seq_length(self.layer_idx))
+            weights = _token_weights(result.weights, result.sink_weights, slots, total, padding)
+        if padding is not None:
+            output = padding.restore(output)
+        return self.o_proj(output), weights
+
+    def _project(
+        self, hidden_states: torch.Tensor, padding: Padding | None, cache
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        projected = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
+        taps = self.config.conv_kernel_size
+        if not taps:
+            return projected
+        states = torch.cat(projected, -1).transpose(1, 2)
+        if padding is not None:
+            states = states.masked_fill(padding.is_pad(states.shape[2])[:, None], 0.0)
+        if cache is not None:
+            states = cache.update_conv(states, taps, None if padding is None else padding.num_pad)
+        else:
+            behind = taps - 1 if self.config.is_causal else taps // 2
+            states = F.pad(states, (behind, taps - 1 - behind))
+        states = F.conv1d(states, self.conv_weight, groups=states.shape[1]).transpose(1, 2)
+        return states.split([part.shape[-1] for part in projected], -1)
+
+    def _gates(self, hidden_states: torch.Tensor) -> dict[str, torch.Tensor]:
+        """log_forget <= 0 and write_strength in (0, 1), (batch, kv_heads, seq), in float32."""
+        gates = {}
+        if self.config.forget_gate:
+            gates["log_forget"] = F.logsigmoid(self.forget_proj(hidden_states).float()).transpose(1, 2)
+        if self.config.update_rule == "delta":
+            gates["write_strength"] = self.write_proj(hidden_states).float().sigmoid().transpose(1, 2)
+        return gates
+
+
+class KermitDecoderLayer(GradientCheckpointingLayer):
+    def __init__(self, config: KermitConfig, layer_idx: int):
+        super().__init__()
+        self.layer_type = config.layer_types[layer_idx]
+        attention = KermitKernelAttention if self.layer_type == LAYER_TYPE else KermitSoftmaxAttention
+        self.self_attn = attention(config, layer_idx)
+        self.mlp = LlamaMLP(config)
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | Padding | None = None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        attended, _ = self.self_attn(
+            hidden_states=self.input_layernorm(hidden_states),
+            attention_mask=attention_mask,
+            position_embeddings=position_embeddings,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+        hidden_states = hidden_states + attended
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+@auto_docstring
+class KermitPreTrainedModel(PreTrainedModel):
+    config: KermitConfig
+    config_class = KermitConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["KermitDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    _supports_context_parallel = False
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": KermitDecoderLayer, "attentions": KermitSoftmaxAttention}
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, (KermitKernelAttention, FeatureMap)):
+            module.init_weights()
+
+    def redraw_features(self) -> None:
+        """Draws new random features in every `"favor"` layer; caches made before are void."""
+        for module in self.modules():
+            if hasattr(module, "redraw"):
+                module.redraw()
+
+    def save_pretrained(self, *args, **kwargs):
+        """As transformers saves, with every head in the config's `auto_map`: whichever head is saved, all of them load."""
+        self.config.auto_map = {auto: f"modeling_kermit.{head.__name__}" for auto, head in AUTO_CLASSES.items()}
+        super().save_pretrained(*args, **kwargs)
+
+
+@auto_docstring
+class KermitModel(KermitPreTrainedModel):
+    def __init__(self, config: KermitConfig):
+        super().__init__(config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList([KermitDecoderLayer(config, index) for index in range(config.num_hidden_layers)])
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | dict | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPast:
+        if (input_ids is None) ^ (inputs_embeds is not None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if not self.config.is_causal:
+            if past_key_values is not None:
+                raise ValueError("past_key_values: a model with is_causal=False has no past; allowed is None")
+        elif use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+
+        length = inputs_embeds.shape[1]
+        if position_ids is None:
+            past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = (torch.arange(length, device=inputs_embeds.device) + past_length).unsqueeze(0)
+        masks, positions = {}, {}
+        for layer_type in set(self.config.layer_types):
+            if layer_type == LAYER_TYPE:
+                masks[layer_type] = self._kernel_padding(inputs_embeds, attention_mask, position_ids, past_key_values)
+                positions[layer_type] = self._kernel_positions(length, past_key_values)
+            else:
+                masks[layer_type] = self._softmax_mask(
+                    layer_type, inputs_embeds, attention_mask, position_ids, past_key_values
+                )
+        if set(self.config.layer_types) != {LAYER_TYPE}:
+            rotary = self.rotary_emb(inputs_embeds, position_ids=position_ids)
+            positions |= dict.fromkeys(masks.keys() - {LAYER_TYPE}, rotary)
+
+        hidden_states = inputs_embeds
+        for layer in self.layers[: self.config.num_hidden_layers]:
+            hidden_states = layer(
+                hidden_states,
+                attention_mask=masks[layer.layer_type],
+                position_embeddings=positions[layer.layer_type],
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+    def _softmax_mask(self, layer_type, inputs_embeds, attention_mask, position_ids, past_key_values):
+        if isinstance(attention_mask, dict):
+            return attention_mask[layer_type]
+        create = create_causal_mask if layer_type == "full_attention" else create_sliding_window_causal_mask
+        return create(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+
+    def _kernel_positions(self, length: int, past_key_values: Cache | None) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Cosine and sine of slot numbers, (slots, head_dim), in float32.
+
+        Kernel layers rotate by distance, which the window bounds, so positions do not grow with the text, and rope types
+        that depend on the length keep the frequencies of the trained one.
+        """
+        if self.config.window_size == 0:
+            return None
+        if past_key_values is not None:
+            index = self.config.layer_types.index(LAYER_TYPE)
+            layer = past_key_values.layers[index] if index < len(past_key_values.layers) else None
+            if not hasattr(layer, "num_slots"):
+                raise ValueError(
+                    f"past_key_values: {type(past_key_values).__name__} has no kernel layer at {index}; allowed are "
+                    "DynamicCache(config=model.config), StaticCache(config=model.config, ...), or None"
+                )
+            length = layer.num_slots(length, self.config.window_size)
+        frequencies = self.rotary_emb.original_inv_freq.float()
+        angles = torch.arange(length, device=frequencies.device)[:, None] * frequencies
+        angles = torch.cat([angles, angles], -1)
+        scaling = self.rotary_emb.attention_scaling
+        return angles.cos() * scaling, angles.sin() * scaling
+
+    def _kernel_padding(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | dict | None,
+        position_ids: torch.Tensor,
+        past_key_values: Cache | None,
+    ) -> Padding | None:
+        """What kernel layers need to know of any mask that transformers passes: None, 2D, 4D or a dict of those."""
+        batch, length = inputs_embeds.shape[:2]
+        mask = attention_mask.get(LAYER_TYPE) if isinstance(attention_mask, dict) else attention_mask
+        compiling = torch.compiler.is_compiling()
+        if mask is not None and mask.dim() == 4:
+            mask = _padding_of_4d_mask(mask, length, self.config.is_causal)
+        if mask is not None and (mask.dim() != 2 or mask.shape[0] != batch or mask.shape[1] < length):
+            raise ValueError(
+                f"attention_mask has shape {tuple(mask.shape)}; allowed are (batch, past + seq) = ({batch}, >= {length}), "
+                "or a 4D mask of padding and causality alone"
+            )
+        if mask is not None:
+            mask = mask[:, -length:]
+            is_first = past_key_values is None and self.config.is_causal
+            if not compiling and bool(((mask != 0) if not is_first else (mask[:, :-1] >= mask[:, 1:])).all()):
+                # Nothing padded, or only behind the text, where no earlier token looks.
+                mask = None
+        if not compiling and length > 1:
+            _check_positions(position_ids, mask)
+        return None if mask is None else Padding.from_mask(mask)
+
+
+def _check_labels(name: str, labels: torch.Tensor, *allowed: tuple[int, ...]) -> None:
+    if tuple(labels.shape) not in allowed:
+        shapes = " or ".join(str(shape) for shape in allowed)
+        raise ValueError(f"{name} has shape {tuple(labels.shape)}; allowed is {shapes}")
+
+
+@auto_docstring
+class KermitForCausalLM(KermitPreTrainedModel, GenerationMixin):
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+
+    def __init__(self, config: KermitConfig):
+        if not config.is_causal:
+            raise ValueError("is_causal=False cannot predict the next token or generate; allowed is is_causal=True")
+        super().__init__(config)
+        self.model = KermitModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CausalLMOutputWithPast:
+        outputs: BaseModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        loss = None
+        if labels is not None:
+            _check_labels("labels", labels, tuple(logits.shape[:2]))
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+@auto_docstring(
+    custom_intro="""
+    KERMIT with a classification head on one vector per text: the last real token's where the model is causal, the mean
+    over real tokens where it is not.
+    """
+)
+class KermitForSequenceClassification(KermitPreTrainedModel):
+    def __init__(self, config: KermitConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = KermitModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> SequenceClassifierOutputWithPast:
+        if attention_mask is None:
+            attention_mask = self._mask_of_padding(input_ids, inputs_embeds)
+        outputs: BaseModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        logits = self.score(self._pool(outputs.last_hidden_state, attention_mask))
+        loss = None
+        if labels is not None:
+            batch = logits.shape[0]
+            _check_labels("labels", labels, (batch,), (batch, 1), (batch, self.num_labels))
+            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
+        return SequenceClassifierOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _mask_of_padding(
+        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """The runs of pad tokens at both ends, (batch, seq); a pad token inside the text may be its end-of-text token."""
+        inputs = input_ids if inputs_embeds is None else inputs_embeds
+        if inputs.shape[0] == 1:
+            return None
+        if inputs_embeds is not None or self.config.pad_token_id is None:
+            raise ValueError(
+                f"attention_mask=None does not tell the padding of a batch of {inputs.shape[0]} with "
+                f"pad_token_id={self.config.pad_token_id}; allowed are an attention_mask, input_ids with config.pad_token_id "
+                "set, or a batch of one"
+            )
+        real = (input_ids != self.config.pad_token_id).int()
+        return ((real.cumsum(-1) > 0) & (real.flip(-1).cumsum(-1).flip(-1) > 0)).long()
+
+    def _pool(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        """(batch, seq, hidden_size) -> (batch, hidden_size)"""
+        if attention_mask is None:
+            return hidden_states[:, -1] if self.config.is_causal else hidden_states.mean(1)
+        if isinstance(attention_mask, dict) or attention_mask.dim() != 2:
+            raise ValueError("attention_mask: pooling needs the padding of each row; allowed is shape (batch, seq)")
+        real = (attention_mask[:, -hidden_states.shape[1] :] != 0).to(hidden_states.dtype)
+        if self.config.is_causal:
+            index = torch.arange(real.shape[1], device=real.device)
+            last = (index * real.to(index.dtype)).argmax(-1)
+            return hidden_states[torch.arange(len(last), device=last.device), last]
+        total = (hidden_states * real[..., None]).sum(1)
+        return total / real.sum(1, keepdim=True).clamp(min=1)
+
+
+@auto_docstring
+class KermitForTokenClassification(KermitPreTrainedModel):
+    def __init__(self, config: KermitConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = KermitModel(config)
+        dropout = getattr(config, "classifier_dropout", None)
+        self.dropout = nn.Dropout(0.1 if dropout is None else dropout)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> TokenClassifierOutput:
+        outputs: BaseModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        logits = self.score(self.dropout(outputs.last_hidden_state))
+        loss = None
+        if labels is not None:
+            _check_labels("labels", labels, tuple(logits.shape[:2]))
+            loss = self.loss_function(logits, labels, self.config)
+        return TokenClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+@auto_docstring
+class KermitForQuestionAnswering(KermitPreTrainedModel):
+    def __init__(self, config: KermitConfig):
+        super().__init__(config)
+        self.model = KermitModel(config)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.post_init()
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        start_positions: torch.LongTensor | None = None,
+        end_positions: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> QuestionAnsweringModelOutput:
+        outputs: BaseModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        start_logits, end_logits = self.qa_outputs(outputs.last_hidden_state).unbind(-1)
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            batch = start_logits.shape[0]
+            for name, positions in (("start_positions", start_positions), ("end_positions", end_positions)):
+                _check_labels(name, positions, (batch,), (batch, 1))
+            loss = self.loss_function(start_logits, end_logits, start_positions, end_positions, **kwargs)
+        return QuestionAnsweringModelOutput(
+            loss=loss,
+            start_logits=start_logits,
+            end_logits=end_logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+def _first_tokens(
+    key: torch.Tensor, value: torch.Tensor, first_real: int | torch.Tensor, count: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first `count` real tokens of each row, (batch, kv_heads, count, head_dim); short rows repeat their last one,
+    which no query sees."""
+    index = torch.arange(count, device=key.device)
+    index = index + (first_real[:, None] if isinstance(first_real, torch.Tensor) else first_real)
+    index = index.clamp(max=key.shape[2] - 1).expand(key.shape[0], count)
+    return take_slots(key, index, dim=2), take_slots(value, index, dim=2)
+
+
+def _token_weights(
+    weights: torch.Tensor, sink_weights: torch.Tensor | None, slots: Slots, total: int, padding: Padding | None
+) -> torch.Tensor:
+    """Weights of slots and sinks as (batch, heads, seq, total): one column for each token so far, in the input's order."""
+    missing = total - weights.shape[-1]
+    # A static cache begins with slots before the first token.
+    weights = F.pad(weights, (missing, 0))
+    if sink_weights is not None:
+        first = slots.first_real + missing
+        index = torch.arange(sink_weights.shape[-1], device=weights.device)
+        index = index + (first.view(-1, 1) if isinstance(first, torch.Tensor) else first)
+        index = index.clamp(max=total - 1)[:, None, None] if index.dim() == 2 else index.clamp(max=total - 1)
+        weights = weights.scatter_add(-1, index.expand_as(sink_weights), sink_weights.to(weights.dtype))
+    if padding is not None:
+        length = weights.shape[2]
+        weights = padding.restore(weights, dim=2)
+        weights = torch.cat([weights[..., :-length], padding.restore(weights[..., -length:], dim=3)], -1)
+    return weights
+
+
+def _padding_of_4d_mask(mask: torch.Tensor, length: int, is_causal: bool) -> torch.Tensor:
+    """The (batch, keys) padding in a (batch, 1, seq, keys) mask; `ValueError` if it hides anything else."""
+    visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    real = visible[:, :, -1:].any(1, keepdim=True)
+    allowed = real.expand_as(visible)
+    if is_causal:
+        allowed = allowed & torch.ones(visible.shape[-2:], dtype=torch.bool, device=mask.device).tril(
+            visible.shape[-1] - length
+        )
+    # Rows of padding queries say nothing, whatever they hold.
+    matters = real[..., -length:].transpose(-1, -2)
+    if not torch.compiler.is_compiling() and bool(((visible != allowed) & matters).any()):
+        raise ValueError(
+            f"attention_mask of shape {tuple(mask.shape)} hides more than padding and the future, which kernel layers cannot "
+            "follow; allowed are masks of shape (batch, past + seq)"
+        )
+    return real[:, 0, 0].long()
+
+
+def _check_positions(position_ids: torch.Tensor, mask: torch.Tensor | None) -> None:
+    steps = position_ids[..., 1:] - position_ids[..., :-1]
+    wrong = steps != 1
+    if mask is not None:
+        wrong = wrong & (mask[:, 1:] != 0) & (mask[:, :-1] != 0)
+    if bool(wrong.any()):
+        raise ValueError(
+            "position_ids do not count up by one, but kernel layers go by the order of tokens; allowed are consecutive "
+            "positions, one text per row (no packed rows)"
+        )
+
+
+AUTO_CLASSES = {
+    "AutoModel": KermitModel,
+    "AutoModelForCausalLM": KermitForCausalLM,
+    "AutoModelForSequenceClassification": KermitForSequenceClassification,
+    "AutoModelForTokenClassification": KermitForTokenClassification,
+    "AutoModelForQuestionAnswering": KermitForQuestionAnswering,
+}
+for _auto_class, _head in AUTO_CLASSES.items():
+    _head.register_for_auto_class(_auto_class)
+
+__all__ = [
+    "KermitForCausalLM",
+    "KermitForQuestionAnswering",
+    "KermitForSequenceClassification",
+    "KermitForTokenClassification",
+    "KermitModel",
+    "KermitPreTrainedModel",
+]

@@ -1,0 +1,219 @@
+"""Near field: exact softmax over a window and the sink tokens, with the far field as one more, virtual, token.
+
+    o_i = (sum_near e^{s_ij} v_j + sum_sinks e^{s_ij} v_j + e^{l_i} o_far,i) / (sum_near e^{s_ij} + sum_sinks e^{s_ij} + e^{l_i})
+
+Pure functions on tensors, in two forms under one signature: `window_reference` scores every query against every key,
+`window_blocked` only blocks near the diagonal, O(seq * window) work and memory.
+
+Shapes: query (batch, heads, seq, head_dim), already rotated and scaled by 1/sqrt(head_dim); key and value (batch,
+kv_heads, keys, head_dim), keys rotated. The queries are the last `seq` of the `keys` slots. Slots before `first_real`
+(an int or one per row) are padding; everything behind it is contiguous real tokens. Sums are taken in float32.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+
+class Sinks(NamedTuple):
+    """logits (batch, heads, seq, sinks), -inf where a query does not see a sink here, because it has not come yet or
+    still lies inside the window; value (batch, kv_heads, sinks, head_dim)."""
+
+    logits: torch.Tensor
+    value: torch.Tensor
+
+
+class FarField(NamedTuple):
+    """value (batch, heads, seq, head_dim); logit (batch, heads, seq), -inf where nothing has left the window yet."""
+
+    value: torch.Tensor
+    logit: torch.Tensor
+
+
+class WindowOutput(NamedTuple):
+    """output (batch, heads, seq, head_dim). From the reference also the softmax weights: near (batch, heads, seq, keys),
+    sinks (batch, heads, seq, sinks) or None, far (batch, heads, seq, 1) or None; they sum to one over everything."""
+
+    output: torch.Tensor
+    near: torch.Tensor | None = None
+    sinks: torch.Tensor | None = None
+    far: torch.Tensor | None = None
+
+
+def window_reference(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    window_size: int,
+    first_real: int | torch.Tensor = 0,
+    sinks: Sinks | None = None,
+    far: FarField | None = None,
+    is_causal: bool = True,
+    dropout: float = 0.0,
+) -> WindowOutput:
+    """The formula of the module on the full matrix of scores. Shapes: see the module."""
+    length, slots = query.shape[2], key.shape[2]
+    groups = query.shape[1] // key.shape[1]
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+
+    key_slots = torch.arange(slots, device=query.device)
+    hidden = _hidden(key_slots[slots - length :], key_slots, window_size, first_real, is_causal)
+    logits = query @ key.repeat_interleave(groups, 1).mT
+    parts = [logits.masked_fill(hidden[:, None], float("-inf"))]
+    values = [value.repeat_interleave(groups, 1)]
+    if sinks is not None:
+        parts.append(sinks.logits.to(dtype))
+        values.append(sinks.value.to(dtype).repeat_interleave(groups, 1))
+    if far is not None:
+        parts.append(far.logit[..., None].to(dtype))
+
+    weights = F.dropout(torch.cat(parts, -1).softmax(-1), dropout)
+    split = weights.split([part.shape[-1] for part in parts], -1)
+    output = sum(weight @ part_value for weight, part_value in zip(split, values))
+    if far is not None:
+        output = output + split[-1] * far.value
+    return WindowOutput(
+        output,
+        near=split[0],
+        sinks=split[1] if sinks is not None else None,
+        far=split[-1] if far is not None else None,
+    )
+
+
+def window_blocked(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    window_size: int,
+    first_real: int | torch.Tensor = 0,
+    sinks: Sinks | None = None,
+    far: FarField | None = None,
+    is_causal: bool = True,
+    dropout: float = 0.0,
+) -> WindowOutput:
+    """The formula of the module, block by block along the diagonal. Shapes: see the module."""
+    length, slots = query.shape[2], key.shape[2]
+    kv_heads = key.shape[1]
+    if sinks is None and far is None and slots <= window_size:
+        return WindowOutput(_softmax_attention(query, key, value, first_real, is_causal, dropout))
+
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    block = min(length, block_size(window_size))
+    blocks = -(-length // block)
+    behind = -(-(window_size - 1) // block)
+    ahead = 0 if is_causal else behind
+
+    # Slots are counted from the first one that the first block of queries can see.
+    first_slot = slots - length - behind * block
+    end_slot = slots - length + (blocks + ahead) * block
+    key_blocks = _blocks(key, first_slot, end_slot, block)
+    value_blocks = _blocks(value, first_slot, end_slot, block)
+    seen = range(behind + 1 + ahead)
+    key_blocks = torch.cat([key_blocks[:, :, offset : offset + blocks] for offset in seen], 3)
+    value_blocks = torch.cat([value_blocks[:, :, offset : offset + blocks] for offset in seen], 3)
+    queries = _query_blocks(query, kv_heads, block)
+
+    block_index = torch.arange(blocks, device=query.device)[:, None] * block
+    query_slots = block_index + torch.arange(block, device=query.device) + slots - length
+    key_slots = block_index + torch.arange(len(seen) * block, device=query.device) + first_slot
+    hidden = _hidden(query_slots, key_slots, window_size, first_real, is_causal, end=slots)
+
+    logits = queries @ key_blocks.mT
+    logits = logits.unflatten(3, (-1, block)).masked_fill_(hidden[:, None, :, None], float("-inf")).flatten(3, 4)
+    parts = [logits]
+    if sinks is not None:
+        parts.append(_query_blocks(sinks.logits.to(dtype), kv_heads, block))
+    if far is not None:
+        parts.append(_query_blocks(far.logit[..., None].to(dtype), kv_heads, block))
+
+    # The shift cancels in the quotient, so it needs no gradient.
+    with torch.no_grad():
+        shift = logits.amax(-1, keepdim=True)
+        for part in parts[1:]:
+            shift = torch.maximum(shift, part.amax(-1, keepdim=True))
+        shift = shift.clamp_(min=torch.finfo(dtype).min)
+    parts = [(part - shift).exp() for part in parts]
+    total = sum(part.sum(-1, keepdim=True) for part in parts)
+    if dropout > 0:
+        parts = [F.dropout(part, dropout) for part in parts]
+
+    output = parts[0] @ value_blocks
+    if sinks is not None:
+        output = output + (parts[1].flatten(2, 3) @ sinks.value.to(dtype)).unflatten(2, parts[1].shape[2:4])
+    if far is not None:
+        output = output + parts[-1] * _query_blocks(far.value, kv_heads, block)
+    return WindowOutput(_unblock_queries(output / total, block, length))
+
+
+def block_size(window_size: int) -> int:
+    """Half a window: three blocks of keys for each block of queries waste a quarter of the scores."""
+    return min(max(window_size // 2, 32), 512)
+
+
+def _softmax_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    first_real: int | torch.Tensor,
+    is_causal: bool,
+    dropout: float,
+) -> torch.Tensor:
+    """Everything lies inside the window: ordinary attention, left to torch's kernel."""
+    length, slots = query.shape[2], key.shape[2]
+    mask, simple = None, not isinstance(first_real, torch.Tensor)
+    if not simple or (is_causal and 1 < length < slots):
+        key_slots = torch.arange(slots, device=query.device)
+        mask = ~_hidden(key_slots[slots - length :], key_slots, slots, first_real, is_causal)[:, None]
+    return F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        dropout_p=dropout,
+        is_causal=is_causal and mask is None and length > 1,
+        scale=1.0,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+
+
+def _hidden(
+    query_slots: torch.Tensor,
+    key_slots: torch.Tensor,
+    window_size: int,
+    first_real: int | torch.Tensor,
+    is_causal: bool,
+    end: int | None = None,
+) -> torch.Tensor:
+    """True where a query does not see a key, (batch or 1, ..., queries, keys). A query that is padding, before
+    `first_real` or from `end` on, sees itself, so that its softmax is defined."""
+    distance = query_slots[..., :, None] - key_slots[..., None, :]
+    hidden = (distance >= window_size) | (distance < (0 if is_causal else 1 - window_size))
+    hidden = hidden[None]
+    if isinstance(first_real, torch.Tensor):
+        first_real = first_real.view(-1, *(1,) * distance.dim())
+    padding = key_slots[..., None, :] < first_real
+    if end is not None:
+        padding = padding | (key_slots >= end)[..., None, :]
+    return hidden | (padding & (distance != 0))
+
+
+def _blocks(tensor: torch.Tensor, start: int, end: int, block: int) -> torch.Tensor:
+    """Slots start..end of axis 2, zeros where there are none, as (batch, kv_heads, blocks, block, dim)."""
+    tensor = tensor[:, :, max(start, 0) :]
+    tensor = F.pad(tensor, (0, 0, max(-start, 0), max(end - start - max(-start, 0) - tensor.shape[2], 0)))
+    return tensor[:, :, : end - start].unflatten(2, (-1, block))
+
+
+def _query_blocks(tensor: torch.Tensor, kv_heads: int, block: int) -> torch.Tensor:
+    """(batch, heads, seq, dim) -> (batch, kv_heads, blocks, groups * block, dim)"""
+    tensor = F.pad(tensor, (0, 0, 0, -tensor.shape[2] % block))
+    tensor = tensor.unflatten(2, (-1, block)).unflatten(1, (kv_heads, -1))
+    return tensor.transpose(2, 3).flatten(3, 4)
+
+
+def _unblock_queries(tensor: torch.Tensor, block: int, length: int) -> torch.Tensor:
+    """The way back from `_query_blocks`."""
+    return tensor.unflatten(3, (-1, block)).transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, :, :length]

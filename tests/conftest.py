@@ -1,0 +1,29 @@
+"""Settings shared by all tests: one thread per xdist worker, fixed seeds."""
+
+import os
+import random
+
+# Workers that each open a thread per core slow each other down several times; the variable also reaches subprocesses.
+# It has to be set before torch starts its thread pool.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+
+# Examples that differ from run to run, and deadlines that depend on the machine's load, have no place in CI.
+settings.register_profile("default", deadline=None, derandomize=bool(os.environ.get("CI")))
+settings.load_profile("default")
+
+
+@pytest.fixture(autouse=True)
+def fixed_seeds() -> None:
+    """Start every test from the same random state, whichever worker runs it and in whichever order."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)

@@ -1,0 +1,40 @@
+"""KERMIT on the Hub: pushed with its code, loaded where `kermit_hf` is not installed."""
+
+from typing import ClassVar
+
+from tests.hub_roundtrip import GenerativeHubRoundTrip
+from tests.hub_session import PAD, VOCABULARY
+
+
+class TestKermitOnTheHub(GenerativeHubRoundTrip):
+    package = "kermit_hf"
+    model_type = "kermit"
+    config_class = "KermitConfig"
+    config: ClassVar = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "window_size": 4,  # shorter than the inputs: the far field takes part
+        "num_sink_tokens": 1,
+        "pad_token_id": PAD,
+    }
+    heads: ClassVar = {
+        "AutoModel": "KermitModel",
+        "AutoModelForCausalLM": "KermitForCausalLM",
+        "AutoModelForSequenceClassification": "KermitForSequenceClassification",
+        "AutoModelForTokenClassification": "KermitForTokenClassification",
+        "AutoModelForQuestionAnswering": "KermitForQuestionAnswering",
+    }
+    code: ClassVar = [
+        "modeling_kermit.py",
+        "configuration_kermit.py",
+        "cache_kermit.py",
+        "feature_maps.py",
+        "kermit_attention.py",
+        "kernel_attention.py",
+        "window_attention.py",
+    ]
+    pushed_heads: ClassVar = ["AutoModelForCausalLM", "AutoModelForSequenceClassification"]
