@@ -38,7 +38,10 @@ class KermitCacheLayer(CacheLayerMixin):
         self.memory: KernelMemory | None = None
         self.conv_tail: torch.Tensor | None = None
         self.num_real: torch.Tensor | None = None
+        self.num_filled: torch.Tensor | None = None
         self.past: Slots | None = None
+        self.settings: dict[str, int | str | bool | None] = {}
+        self.window_size = 0
         self.cumulative_length = 0
         self.unconfirmed = 0
         self.padded_until = 0
@@ -52,6 +55,16 @@ class KermitCacheLayer(CacheLayerMixin):
         self.is_initialized = True
 
     # Reading and writing.
+
+    def bind(self, **settings: int | str | bool | None) -> None:
+        """Tells the layer the settings of the model that is about to read it; `ValueError` if it was filled under others."""
+        for name, value in settings.items():
+            if self.is_initialized and self.settings[name] != value:
+                raise ValueError(
+                    f"past_key_values: filled by a model with {name}={self.settings[name]!r}, but this model has "
+                    f"{name}={value!r}; pass the cache of this model, or None"
+                )
+        self.settings = settings
 
     def update(
         self,
@@ -80,16 +93,18 @@ class KermitCacheLayer(CacheLayerMixin):
         self._count(length, num_pad)
         slots = keys.shape[2]
         first_real = slots - (self.cumulative_length if self.num_real is None else self.num_real)
-        certain = self.keys.shape[2] - self.unconfirmed if self.record_past else slots
+        first_filled = 0 if self.num_filled is None else slots - self.num_filled
+        certain = self.keys.shape[2] - self.unconfirmed
         self.past = Slots(
             keys=keys,
             values=values,
             gates=tokens,
             first_real=first_real,
-            sink_keys=_read_sinks(self.sink_keys, keys, first_real),
-            sink_values=_read_sinks(self.sink_values, values, first_real),
+            sink_keys=_read_sinks(self.sink_keys, keys, first_real, first_filled),
+            sink_values=_read_sinks(self.sink_values, values, first_real, first_filled),
             memory=self.memory,
-            num_absorbed=max(certain - window_size, 0),
+            first_filled=first_filled,
+            num_absorbed=max(certain - window_size, 0) if self.record_past else None,
         )
         self.unconfirmed = self.unconfirmed + length if self.record_past else 0
         return keys, values
@@ -98,7 +113,10 @@ class KermitCacheLayer(CacheLayerMixin):
         """Keeps `memory`, which now holds also the first `past.num_absorbed` slots, and the slots behind them."""
         past, self.past = self.past, None
         tokens = {"keys": past.keys, "values": past.values, **past.gates}
-        tokens = {name: tensor[:, :, past.num_absorbed :] for name, tensor in tokens.items()}
+        absorbed = past.num_absorbed
+        if absorbed is None:
+            absorbed = max(past.keys.shape[2] - self.window_size, 0)
+        tokens = {name: tensor[:, :, absorbed:] for name, tensor in tokens.items()}
         self._write(tokens, (past.sink_keys, past.sink_values), memory)
         if self.is_offloaded:
             self.offload()
@@ -163,7 +181,7 @@ class KermitCacheLayer(CacheLayerMixin):
                 self.conv_tail = self.conv_tail[:, :, : self.conv_tail.shape[2] - count]
             self.cumulative_length -= count
             if self.num_real is not None:
-                self.num_real = self.num_real - count
+                self.num_real, self.num_filled = self.num_real - count, self.num_filled - count
         self.unconfirmed = 0
 
     def reset(self) -> None:
@@ -190,7 +208,8 @@ class KermitCacheLayer(CacheLayerMixin):
 
     def tensors(self) -> list[torch.Tensor]:
         """Every tensor of the layer: what has to be moved, reordered or counted."""
-        found = [*self._tokens().values(), self.sink_keys, self.sink_values, self.conv_tail, self.num_real]
+        found = [*self._tokens().values(), self.sink_keys, self.sink_values, self.conv_tail]
+        found += [self.num_real, self.num_filled]
         return [tensor for tensor in [*found, *(self.memory or ())] if tensor is not None]
 
     # Helpers.
@@ -204,6 +223,7 @@ class KermitCacheLayer(CacheLayerMixin):
         num_sink_tokens: int,
     ) -> None:
         batch, heads, _, head_dim = key_states.shape
+        self.window_size = window_size
         self.gates = {name: tensor[:, :, :0] for name, tensor in gates.items()}
         self.sink_keys = key_states.new_zeros(batch, heads, num_sink_tokens, head_dim)
         self.sink_values = value_states.new_zeros(batch, heads, num_sink_tokens, value_states.shape[-1])
@@ -221,8 +241,10 @@ class KermitCacheLayer(CacheLayerMixin):
         """Rows count their own tokens as soon as one of them was padded; before that one number serves all."""
         if num_pad is not None and self.num_real is None:
             self.num_real = torch.full((self.batch_size,), self.cumulative_length, device=self.device)
+            self.num_filled = torch.full((self.batch_size,), self.keys.shape[2], device=self.device)
         if self.num_real is not None:
-            self.num_real = self.num_real + (length if num_pad is None else length - num_pad)
+            num_new = length if num_pad is None else length - num_pad
+            self.num_real, self.num_filled = self.num_real + num_new, self.num_filled + num_new
         if num_pad is not None:
             self.padded_until = self.cumulative_length + int(num_pad.max())
         self.cumulative_length += length
@@ -235,6 +257,8 @@ class KermitCacheLayer(CacheLayerMixin):
             self._set_token(name, tensor.clone(memory_format=torch.contiguous_format))
         self.sink_keys, self.sink_values = sinks
         self.memory = memory
+        if self.num_filled is not None:
+            self.num_filled = self.num_filled.clamp(max=self.keys.shape[2])
 
     def _write_conv(self, tail: torch.Tensor) -> None:
         self.conv_tail = tail.clone(memory_format=torch.contiguous_format)
@@ -254,7 +278,7 @@ class KermitCacheLayer(CacheLayerMixin):
         for name, tensor in self._tokens().items():
             self._set_token(name, transform(tensor))
         self.sink_keys, self.sink_values = transform(self.sink_keys), transform(self.sink_values)
-        for name in ("conv_tail", "num_real"):
+        for name in ("conv_tail", "num_real", "num_filled"):
             if getattr(self, name) is not None:
                 setattr(self, name, transform(getattr(self, name)))
         if self.memory is not None:
@@ -307,11 +331,14 @@ class KermitStaticCacheLayer(KermitCacheLayer):
         for name, tensor in self._tokens().items():
             self._set_token(name, tensor.new_zeros(*tensor.shape[:2], slots, *tensor.shape[3:]))
         self.num_real = torch.zeros(self.batch_size, dtype=torch.long, device=self.device)
+        self.num_filled = torch.zeros_like(self.num_real)
         self.cumulative_length = self.cumulative_length.to(self.device)
         _mark_static(*self.tensors(), self.cumulative_length)
 
     def _count(self, length, num_pad):
-        self.num_real.add_(length if num_pad is None else length - num_pad)
+        num_new = length if num_pad is None else length - num_pad
+        self.num_real.add_(num_new)
+        self.num_filled.add_(num_new)
         self.cumulative_length.add_(length)
 
     def _write(self, tokens, sinks, memory):
@@ -319,11 +346,12 @@ class KermitStaticCacheLayer(KermitCacheLayer):
             buffer.copy_(tokens[name][:, :, tokens[name].shape[2] - buffer.shape[2] :])
         self.sink_keys.copy_(sinks[0])
         self.sink_values.copy_(sinks[1])
+        self.num_filled.clamp_(max=self.keys.shape[2])
         if self.memory is None and memory is not None:
             self.memory = KernelMemory(*(None if tensor is None else tensor.clone() for tensor in memory))
             _mark_static(*(tensor for tensor in self.memory if tensor is not None))
         elif memory is not None:
-            for buffer, tensor in zip(self.memory, memory):
+            for buffer, tensor in zip(self.memory, memory, strict=True):
                 if buffer is not None:
                     buffer.copy_(tensor)
 
@@ -361,15 +389,16 @@ def take_slots(tensor: torch.Tensor, slots: torch.Tensor, dim: int) -> torch.Ten
     return tensor.gather(dim, slots.view(shape).expand(target))
 
 
-def _read_sinks(stored: torch.Tensor, tokens: torch.Tensor, first_real: int | torch.Tensor) -> torch.Tensor:
+def _read_sinks(
+    stored: torch.Tensor, tokens: torch.Tensor, first_real: int | torch.Tensor, first_filled: int | torch.Tensor
+) -> torch.Tensor:
     """The first tokens of each row: from the slots while they are there, else as stored, zeros where yet to come."""
     count, slots = stored.shape[2], tokens.shape[2]
     if count == 0:
         return stored
     stored = stored.to(tokens.device)
-    index = torch.arange(count, device=tokens.device) + (
-        first_real[:, None] if isinstance(first_real, torch.Tensor) else first_real
-    )
-    index = index.expand(tokens.shape[0], count)
-    here = ((index >= 0) & (index < slots))[:, None, :, None]
+    if isinstance(first_real, torch.Tensor):
+        first_real, first_filled = first_real[:, None], first_filled[:, None]
+    index = (torch.arange(count, device=tokens.device) + first_real).expand(tokens.shape[0], count)
+    here = ((index >= first_filled) & (index < slots))[:, None, :, None]
     return torch.where(here, take_slots(tokens, index.clamp(0, slots - 1), dim=2), stored)

@@ -122,6 +122,9 @@ class KermitConfig(PreTrainedConfig):
         if self.layer_types is None:
             self.layer_types = [LAYER_TYPE] * self.num_hidden_layers
         super().__post_init__(**kwargs)
+        # `@strict` runs these too, but wraps what they raise in an error that is no `ValueError`.
+        self.validate_architecture()
+        self.validate_layer_type()
 
     def validate_architecture(self):
         """Part of `@strict`-powered validation: names the field, its value and what is allowed."""

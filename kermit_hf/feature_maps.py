@@ -105,7 +105,7 @@ class EluFeatureMap(ElementwiseFeatureMap):
     """elu(x) + 1 (Katharopoulos et al. 2020, arXiv 2006.16236, eq. 7)."""
 
     def features(self, tensor):
-        return F.elu(tensor) + 1
+        return F.elu(tensor).add_(1)
 
 
 @register_feature_map("relu")
@@ -152,51 +152,58 @@ class FavorFeatureMap(FeatureMap):
     """Positive orthogonal random features (FAVOR+, Choromanski et al. 2021, arXiv 2009.14794, lemma 1):
     phi_f(x) = exp(w_f . x - |x|^2 / 2) / sqrt(m), an unbiased estimate of exp(q . k / sqrt(head_dim)).
 
-    `feature_dim` = m random features, default 2 head_dim. The factor e^{|w_f|^2 / 2} is moved from the keys to the
-    queries: a key's feature is then exp(-|k - w_f|^2 / 2) <= 1, so no stabiliser taken over other tokens, which would
-    leak the future, is needed. `redraw` draws new features.
+    `feature_dim` = m random features, default 2 head_dim. No stabiliser is taken over the keys, which would leak the
+    future: their features lie far inside the range of float32 unless a key is aligned with w_f. A new model has the same
+    features every time; `redraw` draws others.
     """
 
     def __init__(self, head_dim, feature_dim, num_heads, num_key_value_heads):
         super().__init__(head_dim, feature_dim, num_heads, num_key_value_heads)
         self.register_buffer("directions", torch.empty(self.feature_dim, head_dim))
+        if not self.directions.is_meta:
+            self.directions.copy_(self.draw(torch.Generator().manual_seed(0)))
 
     @classmethod
     def validate(cls, head_dim, feature_dim):
         return _at_least_one("favor", 2 * head_dim if feature_dim is None else feature_dim)
 
     def init_weights(self):
-        init.copy_(self.directions, self.draw())
+        init.copy_(self.directions, self.draw(torch.Generator().manual_seed(0)))
 
     @torch.no_grad()
     def redraw(self) -> None:
         """Replaces the random features; every cache and every memory made with the old ones is void."""
         self.directions.copy_(self.draw())
 
-    def draw(self) -> torch.Tensor:
+    def draw(self, generator: torch.Generator | None = None) -> torch.Tensor:
         """Blocks of orthogonal directions with the lengths of Gaussian vectors, (feature_dim, head_dim)."""
         blocks = []
         for _ in range(-(-self.feature_dim // self.head_dim)):
-            gaussian = torch.randn(self.head_dim, self.head_dim)
+            gaussian = torch.randn(self.head_dim, self.head_dim, generator=generator, device="cpu")
             orthogonal, upper = torch.linalg.qr(gaussian)
             blocks.append((orthogonal * upper.diagonal().sign()).T)
-        lengths = torch.randn(self.feature_dim, self.head_dim).norm(dim=-1, keepdim=True)
+        gaussian = torch.randn(self.feature_dim, self.head_dim, generator=generator, device="cpu")
+        lengths = gaussian.norm(dim=-1, keepdim=True)
         return torch.cat(blocks)[: self.feature_dim] * lengths
 
     def forward_queries(self, query):
         query = _upcast(query) * self.head_dim**-0.25
-        directions = self.directions.to(query.dtype)
-        exponents = query @ directions.T + directions.square().sum(-1) / 2
+        exponents = query @ self.directions.to(query.dtype).T
         scale = exponents.amax(-1, keepdim=True)
         log_scale = scale.squeeze(-1) - query.square().sum(-1) / 2 - math.log(self.feature_dim)
-        return (exponents - scale).exp(), log_scale
+        return self._exp(exponents - scale), log_scale
 
     def forward_keys(self, key):
         key = _upcast(key) * self.head_dim**-0.25
-        directions = self.directions.to(key.dtype)
-        norms = key.square().sum(-1, keepdim=True) + directions.square().sum(-1)
-        # Features below e^-60 count for nothing and would be denormal numbers, slow on CPUs.
-        return (key @ directions.T - norms / 2).clamp(min=-60.0).exp()
+        exponents = key @ self.directions.to(key.dtype).T
+        # Where only the direction counts, a key of any size may set its own scale; keys that are summed share one.
+        scale = exponents.amax(-1, keepdim=True) if self.unit_norm else key.square().sum(-1, keepdim=True) / 2
+        return self._exp(exponents - scale)
+
+    @staticmethod
+    def _exp(exponents: torch.Tensor) -> torch.Tensor:
+        """Features below e^-60 count for nothing and would make denormal numbers, slow on CPUs; above e^60 sums overflow."""
+        return torch.where(exponents < -60.0, 0.0, exponents.clamp(-60.0, 60.0).exp())
 
 
 @register_feature_map("taylor")
@@ -244,7 +251,7 @@ class TaylorFeatureMap(FeatureMap):
         tensor = tensor * self.feature_dim**-0.25
         rows, columns = torch.triu_indices(self.feature_dim, self.feature_dim, device=tensor.device)
         # Off the diagonal a product stands for two of the full square: 2 / 2 = 1; on it, 1 / 2.
-        factor = torch.where(rows == columns, math.sqrt(0.5), 1.0).to(tensor.dtype)
+        factor = torch.where(rows == columns, 0.5, 1.0).to(tensor.dtype).sqrt()
         products = tensor[..., rows] * tensor[..., columns] * factor
         return torch.cat([torch.ones_like(tensor[..., :1]), tensor, products], -1)
 

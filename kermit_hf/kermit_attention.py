@@ -6,6 +6,7 @@ and before, from the memory. The far field is therefore ordinary causal kernel a
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -21,7 +22,11 @@ from .kernel_attention import (
     delta_reference,
     delta_step,
 )
-from .window_attention import FarField, Sinks, window_blocked, window_reference
+from .window_attention import FarField, Sinks, pad_zeros, window_blocked, window_reference
+
+
+# Elements of one tensor of queries that a CPU treats at a time, 2 MiB in float32.
+SEGMENT_ELEMENTS = 512 * 1024
 
 
 class UpdateRule(NamedTuple):
@@ -44,7 +49,9 @@ class Slots(NamedTuple):
     keys (without positions), values: (batch, kv_heads, slots, head_dim); gates: "log_forget" and "write_strength", (batch,
     kv_heads, slots), those that the model has. first_real: slot of each row's first real token, an int or (batch,),
     negative where it has left. sink_keys, sink_values: (batch, kv_heads, num_sink_tokens, head_dim). memory: of the
-    tokens before the first slot, None if there are none. num_absorbed: leading slots that the memory keeps for good.
+    tokens before the first slot, None if there are none. first_filled: slot of each row's first token that is still here, an
+    int or (batch,); padding in the middle of a row leaves free slots before it. num_absorbed: how many slots, from the first on, the memory may
+    keep for good; None is all that leave the window.
     """
 
     keys: torch.Tensor
@@ -54,7 +61,8 @@ class Slots(NamedTuple):
     sink_keys: torch.Tensor
     sink_values: torch.Tensor
     memory: KernelMemory | None = None
-    num_absorbed: int = 0
+    first_filled: int | torch.Tensor = 0
+    num_absorbed: int | None = None
 
 
 class FarReadout(NamedTuple):
@@ -70,13 +78,16 @@ class FarReadout(NamedTuple):
 
 
 class KermitAttentionOutput(NamedTuple):
-    """output (batch, heads, length, head_dim); weights (batch, heads, length, slots) and sink_weights (batch, heads,
-    length, num_sink_tokens), from the explicit form; memory with `num_absorbed` more slots."""
+    """output (batch, heads, length, head_dim); memory with `num_absorbed` more slots. From the explicit form also weights
+    (batch, heads, length, slots), sink_weights (batch, heads, length, num_sink_tokens) or None, of sinks behind the
+    window, and unweighted (batch, heads, length, head_dim) or None: the part of the output that no weight of a slot
+    accounts for, because it comes from tokens that the memory has absorbed or from the delta rule's output norm."""
 
     output: torch.Tensor
-    weights: torch.Tensor | None
-    sink_weights: torch.Tensor | None
     memory: KernelMemory | None
+    weights: torch.Tensor | None = None
+    sink_weights: torch.Tensor | None = None
+    unweighted: torch.Tensor | None = None
 
 
 def kermit_attention(
@@ -108,6 +119,90 @@ def kermit_attention(
         scaling: of the near field's scores, 1 / sqrt(head_dim).
         dropout: probability, on the softmax weights.
     """
+    attend = partial(
+        _attend,
+        window_size=window_size,
+        update_rule=update_rule,
+        map_queries=map_queries,
+        map_keys=map_keys,
+        far_norm=far_norm,
+        is_causal=is_causal,
+        explicit=explicit,
+        scaling=scaling,
+        dropout=dropout,
+    )
+    segment = _segment_size(query, window_size)
+    if explicit or not is_causal or slots.num_absorbed is not None or query.shape[2] <= segment:
+        return attend(query, slots, rotary, far_logit)
+    return _in_segments(attend, query, slots, rotary, far_logit, window_size, segment)
+
+
+def _segment_size(query: torch.Tensor, window_size: int) -> int:
+    """How many queries to treat at a time: on a CPU as many as keep everything about them in its caches."""
+    batch, heads, length, head_dim = query.shape
+    if query.device.type != "cpu" or torch.compiler.is_compiling():
+        return length
+    fitting = SEGMENT_ELEMENTS // (batch * heads * head_dim) // 64 * 64
+    return max(fitting, 256, window_size)
+
+
+def _in_segments(
+    attend: Callable[..., KermitAttentionOutput],
+    query: torch.Tensor,
+    slots: Slots,
+    rotary: tuple[torch.Tensor, torch.Tensor] | None,
+    far_logit: torch.Tensor,
+    window_size: int,
+    segment: int,
+) -> KermitAttentionOutput:
+    """The same attention, one segment after the other: each starts from the memory and the window that the last one left.
+
+    `split` rather than slices, whose gradients would each be as large as the whole sequence.
+    """
+    sizes = [slots.keys.shape[2] - query.shape[2]] + [part.shape[2] for part in query.split(segment, 2)]
+    pieces = {"keys": slots.keys, "values": slots.values, **slots.gates}
+    pieces = {name: tensor.split(sizes, 2) for name, tensor in pieces.items()}
+    tail = {name: parts[0] for name, parts in pieces.items()}
+    memory, first_real, first_filled, outputs = slots.memory, slots.first_real, slots.first_filled, []
+    for index, (queries, logits) in enumerate(zip(query.split(segment, 2), far_logit.split(segment, 2), strict=True)):
+        tokens = {name: _join(tail[name], parts[index + 1]) for name, parts in pieces.items()}
+        num_slots = tokens["keys"].shape[2]
+        leaving = max(num_slots - window_size, 0)
+        tail = {name: tensor[:, :, leaving:] for name, tensor in tokens.items()}
+        part = slots._replace(
+            keys=tokens.pop("keys"),
+            values=tokens.pop("values"),
+            gates=tokens,
+            first_real=first_real,
+            memory=memory,
+            first_filled=first_filled,
+        )
+        turns = None if rotary is None else (rotary[0][:num_slots], rotary[1][:num_slots])
+        result = attend(queries, part, turns, logits)
+        memory, first_real, first_filled = result.memory, first_real - leaving, first_filled - leaving
+        outputs.append(result.output)
+    return KermitAttentionOutput(torch.cat(outputs, 2), memory)
+
+
+def _join(tail: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    return torch.cat([tail, tokens], 2) if tail.shape[2] else tokens
+
+
+def _attend(
+    query: torch.Tensor,
+    slots: Slots,
+    rotary: tuple[torch.Tensor, torch.Tensor] | None,
+    far_logit: torch.Tensor,
+    window_size: int,
+    update_rule: str,
+    map_queries: Callable,
+    map_keys: Callable,
+    far_norm: Callable | None,
+    is_causal: bool,
+    explicit: bool,
+    scaling: float,
+    dropout: float,
+) -> KermitAttentionOutput:
     far, memory = _far_field(query, slots, window_size, update_rule, map_queries, map_keys, is_causal, explicit)
     far_field, far_weights = None, None
     if far is not None:
@@ -116,7 +211,10 @@ def kermit_attention(
         if explicit and far.denominator is not None:
             far_weights = far_weights / _positive(far.denominator)[..., None]
     if window_size == 0:
-        return KermitAttentionOutput(F.dropout(far_field.value, dropout), far_weights, None, memory)
+        output = F.dropout(far_field.value, dropout)
+        if not explicit:
+            return KermitAttentionOutput(output, memory)
+        return KermitAttentionOutput(output, memory, far_weights, None, output - _apply(far_weights, slots.values))
 
     cos, sin = rotary
     length, num_slots = query.shape[2], slots.keys.shape[2]
@@ -136,17 +234,24 @@ def kermit_attention(
         is_causal,
         dropout,
     )
-    weights = near.near
-    if explicit and far is not None:
+    if not explicit:
+        return KermitAttentionOutput(near.output, memory)
+    weights, unweighted = near.near, None
+    if far is not None:
         weights = weights + near.far * far_weights
-    return KermitAttentionOutput(near.output, weights, near.sinks, memory)
+        unweighted = near.far * (far_field.value - _apply(far_weights, slots.values))
+    return KermitAttentionOutput(near.output, memory, weights, near.sinks, unweighted)
+
+
+def _apply(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    return weights @ values.to(weights.dtype).repeat_interleave(weights.shape[1] // values.shape[1], 1)
 
 
 def rotate(tensor: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotary position embedding (Su et al. 2021, arXiv 2104.09864, eq. 34), halves of a head as real and imaginary parts."""
     first, second = tensor.chunk(2, -1)
-    cos, sin = cos.to(tensor.dtype), sin.to(tensor.dtype)
-    return tensor * cos + torch.cat([-second, first], -1) * sin
+    cos, sin = (table[..., : first.shape[-1]].to(tensor.dtype) for table in (cos, sin))
+    return torch.cat([torch.addcmul(first * cos, second, -sin), torch.addcmul(second * cos, first, sin)], -1)
 
 
 def _sinks(query: torch.Tensor, slots: Slots, window_size: int, cos: torch.Tensor, sin: torch.Tensor) -> Sinks:
@@ -197,7 +302,8 @@ def _far_field(
     if not is_causal:
         return _far_both_ways(query_features, log_scale, slots, window_size, rule, map_keys, explicit), None
 
-    start, end, absorbed = 0, num_slots - window_size, slots.num_absorbed
+    start, end = 0, num_slots - window_size
+    absorbed = end if slots.num_absorbed is None else slots.num_absorbed
     if isinstance(slots.first_real, int):
         # Sinks never enter the memory. Without padding they are the same slots in every row, and a slice leaves them out.
         start = min(max(slots.first_real + num_sinks, 0), end)
@@ -215,15 +321,15 @@ def _far_field(
 
     # The query in slot i reads up to slot i - window_size: the last queries pair up with the last of these tokens.
     early, skip = max(length - count, 0), max(count - length, 0)
-    paired = F.pad(query_features, (0, 0, skip, 0))[:, :, early:]
+    paired = pad_zeros(query_features, (0, 0, skip, 0))[:, :, early:]
     form = rule.reference if explicit else rule.step if count == 1 and memory is not None else rule.chunked
     read = form(paired, **tokens, memory=memory)
     far = FarReadout(
-        F.pad(read.numerator[:, :, skip:], (0, 0, early, 0)),
-        None if read.denominator is None else F.pad(read.denominator[:, :, skip:], (early, 0)),
+        pad_zeros(read.numerator[:, :, skip:], (0, 0, early, 0)),
+        None if read.denominator is None else pad_zeros(read.denominator[:, :, skip:], (early, 0)),
         log_scale,
         _num_older(slots, length, window_size) <= num_sinks,
-        F.pad(read.weights[:, :, skip:], (start, num_slots - end, early, 0)) if explicit else None,
+        pad_zeros(read.weights[:, :, skip:], (start, num_slots - end, early, 0)) if explicit else None,
     )
     return far, read.memory if keeps_all else memory
 
@@ -282,6 +388,8 @@ def _far_tokens(slots: Slots, start: int, end: int, map_keys: Callable) -> dict[
     first = slots.first_real + slots.sink_keys.shape[2]
     if isinstance(first, int) and first <= start:
         return tokens
+    if isinstance(slots.first_filled, torch.Tensor):
+        first = torch.maximum(first, slots.first_filled)
     index = torch.arange(start, end, device=key.device)
     enters = (index >= _column(first)).expand(1 if isinstance(first, int) else len(first), 1, -1)
     if "write_strength" not in tokens:

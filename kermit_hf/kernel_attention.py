@@ -25,8 +25,8 @@ import torch
 import torch.nn.functional as F
 
 
-# Decays smaller than exp(-60) are dropped: below it products become denormal numbers, which CPUs process ~100x slower.
-MIN_LOG_DECAY = -60.0
+# Decays smaller than exp(-40) are dropped: products of two would be denormal numbers, which CPUs process ~100x slower.
+MIN_LOG_DECAY = -40.0
 
 
 class KernelMemory(NamedTuple):
@@ -142,7 +142,8 @@ def additive_chunked(
     query, key, value, log_forget = _upcast(query, key, value, log_forget)
     memory = empty_memory(key, value, normalized=True) if memory is None else memory
     queries = _chunk_queries(query, kv_heads, chunk_size)
-    key, value = _chunk(key, chunk_size), _chunk(value, chunk_size)
+    # Chunks enter several products each, all of which want them contiguous.
+    key, value = _chunk(key, chunk_size), _chunk(value, chunk_size).contiguous()
 
     weights = queries @ key.mT
     if log_forget is None:
@@ -199,7 +200,6 @@ def delta_chunked(
         recalled_key = written_key
     else:
         decay, decay_in, decay_out, decay_all = _decays(_chunk(log_forget, chunk_size), key)
-        system = system * decay
         weights = _repeat_rows(decay, weights.shape[-2]) * weights
         from_memory = _repeat_rows(decay_in[..., None], queries.shape[-2]) * queries
         decayed_key = key * decay_out[..., None]
@@ -208,11 +208,14 @@ def delta_chunked(
     identity = torch.eye(chunk_size, dtype=key.dtype, device=key.device)
     # `unitriangular` reads the strict lower triangle only: neither the diagonal nor the future need masking.
     inverse = torch.linalg.solve_triangular(system, identity.expand_as(system), upper=False, unitriangular=True)
+    if log_forget is not None:
+        # The inverse of the decayed system is the decayed inverse; solved with the decays it would be full of denormals.
+        inverse = inverse * decay
     corrections = inverse @ (value * write_strength)
     recalled = inverse @ recalled_key
 
     matrix, matrices, written = memory.matrix, [], []
-    steps = zip(corrections.unbind(2), recalled.unbind(2), decayed_key.mT.unbind(2))
+    steps = zip(corrections.unbind(2), recalled.unbind(2), decayed_key.mT.unbind(2), strict=True)
     decays = decay_all[..., None, None].unbind(2) if decay_all is not None else None
     # Lists and one `stack`, not slices of a preallocated tensor: the backward of a slice is as large as the whole tensor.
     for index, (correction, recall, chunk_key) in enumerate(steps):
@@ -242,7 +245,7 @@ def additive_step(
     query, key, value, log_forget = _upcast(query, key, value, log_forget)
     matrix, normalizer = empty_memory(key, value, normalized=True) if memory is None else memory
     if log_forget is not None:
-        forget = log_forget.exp()
+        forget = _exp_decay(log_forget)
         matrix, normalizer = matrix * forget[..., None], normalizer * forget
     matrix = torch.addcmul(matrix, key.mT, value)
     normalizer = normalizer + key.squeeze(2)
@@ -262,7 +265,7 @@ def delta_step(
     query, key, value, log_forget, write_strength = _upcast(query, key, value, log_forget, write_strength)
     matrix = (empty_memory(key, value, normalized=False) if memory is None else memory).matrix
     if log_forget is not None:
-        matrix = matrix * log_forget.exp()[..., None]
+        matrix = matrix * _exp_decay(log_forget)[..., None]
     written = write_strength[..., None] * (value - key @ matrix)
     return read_memory(query, KernelMemory(torch.addcmul(matrix, key.mT, written)))
 
@@ -335,7 +338,7 @@ def _repeat_rows(tensor: torch.Tensor, rows: int) -> torch.Tensor:
 
 
 def _mask_future(weights: torch.Tensor, chunk_size: int) -> torch.Tensor:
-    return weights.unflatten(-2, (-1, chunk_size)).tril().flatten(-3, -2)
+    return weights.unflatten(-2, (-1, chunk_size)).tril_().flatten(-3, -2)
 
 
 def _decays(log_forget: torch.Tensor | None, key: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -346,14 +349,18 @@ def _decays(log_forget: torch.Tensor | None, key: torch.Tensor) -> tuple[torch.T
     """
     if log_forget is None:
         log_forget = key.new_zeros(key.shape[:-1])
-    total = log_forget.cumsum(-1)
-    future = torch.ones(total.shape[-1], total.shape[-1], dtype=torch.bool, device=total.device).triu(1)
-    pairwise = (total[..., :, None] - total[..., None, :]).masked_fill(future, float("-inf"))
+    # Differences of one cumulative sum would lose a small gate next to a large one. So it is kept in two parts: multiples
+    # of 1 / 64, which float32 adds without rounding, and a remainder that stays small.
+    log_forget = log_forget.clamp(min=2 * MIN_LOG_DECAY)
+    coarse = (log_forget.detach() * 64).round() / 64
+    coarse, fine = coarse.cumsum(-1), (log_forget - coarse).cumsum(-1)
+    future = torch.ones(fine.shape[-1], fine.shape[-1], dtype=torch.bool, device=fine.device).triu(1)
+    pairwise = (coarse[..., :, None] - coarse[..., None, :]) + (fine[..., :, None] - fine[..., None, :])
     return (
-        _exp_decay(pairwise),
-        _exp_decay(total),
-        _exp_decay(total[..., -1:] - total),
-        _exp_decay(total[..., -1]),
+        _exp_decay(pairwise.masked_fill(future, float("-inf"))),
+        _exp_decay(coarse + fine),
+        _exp_decay((coarse[..., -1:] - coarse) + (fine[..., -1:] - fine)),
+        _exp_decay(coarse[..., -1] + fine[..., -1]),
     )
 
 

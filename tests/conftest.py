@@ -3,6 +3,7 @@
 import os
 import random
 
+
 # Workers that each open a thread per core slow each other down several times; the variable also reaches subprocesses.
 # It has to be set before torch starts its thread pool.
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)

@@ -18,6 +18,7 @@ from urllib.parse import unquote, urlsplit
 
 import yaml
 
+
 USER = "tester"
 TOKEN = "hf_token_of_the_tests"
 

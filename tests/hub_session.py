@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerFast
 
+
 # Two rows of byte-level token ids, the second one left-padded.
 PAD = 0
 INPUT_IDS = torch.tensor([[34, 45, 56, 67, 78, 89, 90, 12, 23, 31], [PAD, PAD, PAD, 77, 66, 55, 44, 33, 22, 11]])

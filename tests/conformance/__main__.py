@@ -11,6 +11,7 @@ from pathlib import Path
 from . import fetch
 from .suites import CONTROL, SUITES, Outcomes, Suite, Verdict, judge
 
+
 HERE = Path(__file__).resolve().parent
 
 
@@ -97,7 +98,7 @@ def run(suites: list[Suite], arguments: argparse.Namespace) -> Recorder:
     recorder = Recorder()
     # Upstream's tests carry markers and warnings of their own, so the repository's strict settings do not apply.
     options = ["-o", "addopts=", "-o", "verbosity_subtests=0", "-W", "ignore", "-p", "no:cacheprovider"]
-    options += ["--quiet", "--tb=short", "--show-capture=no", "-n", str(arguments.workers)]
+    options += ["--quiet", "--tb=short", "--show-capture=no", "-rN", "-n", str(arguments.workers)]
     options += ["-k", arguments.k] if arguments.k else []
     options += ["-x"] if arguments.x else []
     pytest.main([*options, *(str(HERE / suite.file) for suite in suites)], plugins=[recorder])

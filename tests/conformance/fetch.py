@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 
 import transformers
 
+
 # Upstream's test package is called `tests`, as ours is, so it is unpacked under a name of its own.
 PACKAGE = "transformers_tests"
 

@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 
+
 CONTROL = "llama"
 
 
@@ -81,8 +82,7 @@ class Verdict:
 def judge(ours: Outcomes, control: Outcomes, explanations: dict[str, str]) -> Verdict:
     """A skip is fine when the control skips the same test for the same reason, or when it is explained.
 
-    An explanation of a test that is not skipped (any more) is stale, and a test that only the control ran is missing:
-    both count as problems.
+    An explanation that no skip needs is stale, and a test that only the control ran is missing: both count as problems.
     """
     verdict = Verdict(missing=sorted(control.run - ours.run))
     allowed = control.skip_reasons()

@@ -2,6 +2,7 @@
 
 from tests.conformance.suites import Outcomes, judge
 
+
 CONTROL = Outcomes(
     passed={"test_training", "test_loading"},
     skipped={"test_gpu": "test requires accelerator", "test_moe": "LlamaModel has no experts"},

@@ -57,13 +57,14 @@ class TextModelTester:
 class _Conformance(ModelTesterMixin, TrainingTesterMixin):
     config_class: ClassVar[type]
     config_arguments: ClassVar[dict[str, Any]] = {}
-    # Tests that are skipped here and not for the control, each with the reason why it cannot apply.
+    # Tests that cannot apply to this class, each with the reason: they are skipped, and the report lists them.
     explained_skips: ClassVar[dict[str, str]] = {}
 
     def __init_subclass__(cls, **kwargs) -> None:
         # Checked first: the mixins wrap every test into a new attribute of the class.
         for name in vars(cls):
-            if hasattr(ModelTesterMixin, name) and name.startswith("test_") and callable(vars(cls)[name]):
+            upstream = hasattr(ModelTesterMixin, name) or hasattr(TrainingTesterMixin, name)
+            if upstream and name.startswith("test_") and callable(vars(cls)[name]):
                 raise TypeError(f"{cls.__name__} redefines upstream's {name}; the tests are to run as they are")
         super().__init_subclass__(**kwargs)
 
@@ -71,6 +72,8 @@ class _Conformance(ModelTesterMixin, TrainingTesterMixin):
     model_tester = None
 
     def setUp(self) -> None:
+        if self._testMethodName in self.explained_skips:
+            self.skipTest(self.explained_skips[self._testMethodName])
         self.model_tester = TextModelTester(self.config_class, self.all_model_classes, self.config_arguments)
         self.unknown_classes = [c.__name__ for c in self.all_model_classes if not announce(c)]
 

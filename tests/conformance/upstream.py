@@ -11,6 +11,7 @@ from transformers.models.auto import auto_factory, modeling_auto
 
 from .fetch import PACKAGE, fetch_tests
 
+
 # module -> the one name that is imported from it. Both are further mixins, for exporting a model and for `generate()`.
 STUBS = {
     "exporters.test_export": "ExportTesterMixin",

@@ -19,6 +19,9 @@ class TestKermitOnTheHub(GenerativeHubRoundTrip):
         "num_key_value_heads": 2,
         "window_size": 4,  # shorter than the inputs: the far field takes part
         "num_sink_tokens": 1,
+        "layer_types": ["kernel_attention", "full_attention"],
+        "update_rule": "additive",
+        "feature_map": "favor",  # its random features travel with the weights
         "pad_token_id": PAD,
     }
     heads: ClassVar = {
