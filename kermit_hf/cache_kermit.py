@@ -198,7 +198,10 @@ class KermitCacheLayer(CacheLayerMixin):
         self._apply(lambda tensor: tensor[indices.to(tensor.device) if isinstance(indices, torch.Tensor) else indices])
 
     def offload(self) -> None:
+        # `update_conv` reads the tail before `Cache.update` has waited for the stream that prefetches: it stays where it is.
+        conv_tail = self.conv_tail
         self._apply(lambda tensor: tensor.to("cpu", non_blocking=True))
+        self.conv_tail = conv_tail
         self.is_offloaded = True
 
     def prefetch(self) -> None:

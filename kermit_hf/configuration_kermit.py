@@ -1,6 +1,7 @@
 """KERMIT model configuration."""
 
 from huggingface_hub.dataclasses import strict
+from transformers import configuration_utils
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
@@ -10,6 +11,10 @@ from .feature_maps import FEATURE_MAPS
 
 UPDATE_RULES = ("additive", "delta")
 LAYER_TYPES = (LAYER_TYPE, "full_attention", "sliding_attention")
+
+# The Trainer reads a checkpoint's config as a plain `PreTrainedConfig` before it resumes.
+if LAYER_TYPE not in configuration_utils.ALLOWED_ATTN_LAYER_TYPES:
+    configuration_utils.ALLOWED_ATTN_LAYER_TYPES += (LAYER_TYPE,)
 
 
 @strict

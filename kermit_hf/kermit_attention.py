@@ -22,7 +22,7 @@ from .kernel_attention import (
     delta_reference,
     delta_step,
 )
-from .window_attention import FarField, Sinks, pad_zeros, window_blocked, window_reference
+from .window_attention import FarField, Sinks, pad_zeros, window_blocked, window_reference, window_step
 
 
 # Elements of one tensor of queries that a CPU treats at a time, 2 MiB in float32.
@@ -222,7 +222,7 @@ def _attend(
     sinks = None
     if num_slots > window_size and slots.sink_keys.shape[2] > 0:
         sinks = _sinks(scaled, slots, window_size, cos, sin)
-    window = window_reference if explicit else window_blocked
+    window = window_reference if explicit else window_step if length == 1 and is_causal else window_blocked
     near = window(
         rotate(scaled, cos[num_slots - length :], sin[num_slots - length :]),
         rotate(slots.keys, cos, sin),

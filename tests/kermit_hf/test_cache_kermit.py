@@ -31,11 +31,22 @@ LENGTH = 150
 
 def kernel_layers(cache) -> list:
     """The layers of a cache that are ours."""
-    return [layer for layer in cache.layers if getattr(layer, "is_croppable", None) is not None and hasattr(layer, "tensors")]
+    return [
+        layer
+        for layer in cache.layers
+        if getattr(layer, "is_croppable", None) is not None and hasattr(layer, "tensors")
+    ]
 
 
 def cache_bytes(cache) -> int:
     return sum(tensor.untyped_storage().nbytes() for layer in kernel_layers(cache) for tensor in layer.tensors())
+
+
+def new_cache(model, kind: str, capacity: int):
+    """An empty cache, "static" or "dynamic"."""
+    if kind == "static":
+        return StaticCache(config=model.config, max_cache_len=capacity)
+    return DynamicCache(config=model.config)
 
 
 @torch.no_grad()
@@ -82,7 +93,7 @@ class TestPieces:
         torch.testing.assert_close(feed(model, cache, input_ids, self.SIZES[sizes]), expected, **CLOSE)
         assert cache.get_seq_length() == LENGTH
 
-    @pytest.mark.parametrize("largest", [1, 4, 20])
+    @pytest.mark.parametrize("largest", [1, 20])
     @pytest.mark.parametrize("setting", SETTINGS)
     def test_a_left_padded_batch(self, setting, largest):
         model = tiny_model(setting)
@@ -93,7 +104,7 @@ class TestPieces:
             for index, row in enumerate(rows):
                 torch.testing.assert_close(logits[index, -len(row) :], model(row[None]).logits[0], **CLOSE)
 
-    @pytest.mark.parametrize("largest", [1, 4, 20, 100])
+    @pytest.mark.parametrize("largest", [1, 7, 100])
     @pytest.mark.parametrize("setting", SETTINGS)
     def test_a_batch_with_holes(self, setting, largest):
         """Padding anywhere, as where a chat goes on with answers of different lengths."""
@@ -166,7 +177,7 @@ class TestPieces:
             for size in (20, 1, 1, 38):
                 piece = model(input_ids[:, start : start + size], past_key_values=cache, output_attentions=True)
                 torch.testing.assert_close(piece.logits, whole.logits[:, start : start + size], **CLOSE)
-                for ours, theirs in zip(piece.attentions, whole.attentions):
+                for ours, theirs in zip(piece.attentions, whole.attentions, strict=True):
                     assert ours.shape[-2:] == (size, start + size)
                     # Tokens inside the window keep their weight; older ones have become the memory.
                     window = max(model.config.window_size, 1) if model.config.window_size else 0
@@ -188,7 +199,7 @@ class TestPieces:
             torch.cat(logits, 1).square().mean().backward()
             return [parameter.grad.clone() for parameter in model.parameters()]
 
-        for pieces, whole in zip(gradient([13, 1, 26]), gradient([40])):
+        for pieces, whole in zip(gradient([13, 1, 26]), gradient([40]), strict=True):
             torch.testing.assert_close(pieces, whole, atol=1e-5, rtol=1e-3)
 
 
@@ -196,7 +207,7 @@ class TestTakingBack:
     """After `crop(-n)` everything continues as if the n tokens had never been."""
 
     @pytest.mark.parametrize("setting", SETTINGS)
-    @pytest.mark.parametrize("before", [0, 3, 30, 100])
+    @pytest.mark.parametrize("before", [0, 3, 70])
     def test_repeatedly(self, setting, before):
         model = tiny_model(setting)
         text = tokens(1, before + 120)
@@ -389,9 +400,7 @@ class TestTransforms:
         full_mask = torch.cat([mask[chosen], torch.ones_like(more)], 1)
         position_ids = positions_of(full_mask)[:, 40:]
         with torch.no_grad():
-            logits = model(
-                more, attention_mask=full_mask, position_ids=position_ids, past_key_values=cache
-            ).logits
+            logits = model(more, attention_mask=full_mask, position_ids=position_ids, past_key_values=cache).logits
             for index, source in enumerate(chosen):
                 whole = torch.cat([rows[source], more[index]])
                 torch.testing.assert_close(logits[index], model(whole[None]).logits[0, -12:], **CLOSE)
@@ -401,10 +410,7 @@ class TestTransforms:
     def test_every_tensor_is_transformed(self, setting, static):
         model = tiny_model(setting)
         input_ids, mask = place([tokens(length) for length in (20, 15, 3)], "left")
-        if static:
-            cache = StaticCache(config=model.config, max_cache_len=40)
-        else:
-            cache = DynamicCache(config=model.config)
+        cache = new_cache(model, "static" if static else "dynamic", 40)
         feed(model, cache, input_ids, [20], mask)
         for apply, chosen in self.TRANSFORMS.values():
             for layer in copy.deepcopy(cache).layers:
@@ -443,10 +449,7 @@ class TestTransforms:
     @pytest.mark.parametrize("setting", ["delta", "delta_pure", "additive", "additive_pure"])
     def test_reset(self, setting, kind):
         model = tiny_model(setting)
-        if kind == "static":
-            cache = StaticCache(config=model.config, max_cache_len=60)
-        else:
-            cache = DynamicCache(config=model.config)
+        cache = new_cache(model, kind, 60)
         input_ids, mask = place([tokens(length) for length in (40, 7)], "left")
         feed(model, cache, input_ids, [30, 10], mask)
         cache.reset()
@@ -498,9 +501,9 @@ class TestOffloading:
         cache = DynamicCache(config=model.config)
         feed(model, cache, input_ids, [20], mask)
         for layer in cache.layers:
-            layer.device = torch.device("meta")
             layer.offload()
             assert {tensor.device.type for tensor in layer.tensors()} == {"cpu"}
+            layer.device = torch.device("meta")
             layer.prefetch()
             assert {tensor.device.type for tensor in layer.tensors()} == {"meta"}
 
@@ -535,10 +538,7 @@ class TestRefusals:
     @pytest.mark.parametrize("batch", [1, 3])
     def test_another_batch_size(self, setting, batch, kind):
         model = tiny_model(setting)
-        if kind == "static":
-            cache = StaticCache(config=model.config, max_cache_len=30)
-        else:
-            cache = DynamicCache(config=model.config)
+        cache = new_cache(model, kind, 30)
         feed(model, cache, tokens(2, 10), [10])
         with pytest.raises(ValueError, match=r"past_key_values.*2, .*pass the cache of this model"):
             feed(model, cache, tokens(batch, 1), [1])
@@ -574,7 +574,7 @@ class TestRefusals:
     def test_another_feature_size(self, feature_dim):
         cache = DynamicCache(config=tiny_config("additive_favor"))
         feed(tiny_model("additive_favor"), cache, tokens(1, 30), [30])
-        with pytest.raises(ValueError, match="past_key_values.*feature_dim=None"):
+        with pytest.raises(ValueError, match=r"past_key_values.*feature_dim=None"):
             feed(tiny_model("additive_favor", feature_dim=feature_dim), cache, tokens(1, 2), [2])
 
     @pytest.mark.parametrize("setting", ["delta", "delta_pure", "hybrid"])

@@ -188,9 +188,10 @@ def test_favor_attention_approaches_softmax_attention():
             weights = kernel(feature_map, query, key)
             squares.append((weights / weights.sum(-1, keepdim=True) @ value - exact).square().mean())
         errors.append(torch.stack(squares).mean().sqrt().item())
-    # Sixteen times the features, a quarter of the error; 0.4 leaves room for ten draws.
-    assert errors[1] < 0.4 * errors[0]
+    # Sixteen times the features, a quarter of the error once it is small.
+    assert errors[1] < 0.7 * errors[0]
     assert errors[2] < 0.4 * errors[1]
+    assert errors[2] < 0.03
 
 
 def test_favor_directions_are_orthogonal_with_gaussian_lengths():
@@ -357,11 +358,11 @@ def test_a_model_made_on_the_meta_device_comes_out_whole(name, rule):
         pytest.skip("refused by the config: the additive rule divides by the sum of features")
     feature_dim = 4 if name == "taylor" else None  # so that taylor has its projection
     model = KermitModel(_config(feature_map=name, update_rule=rule, feature_dim=feature_dim))
-    state = {key: value for key, value in model.state_dict().items() if "_proj" in key or "norm" in key or "embed" in key}
+    state = {
+        key: value for key, value in model.state_dict().items() if "_proj" in key or "norm" in key or "embed" in key
+    }
     state = {key: value for key, value in state.items() if "feature_map" not in key}
-    loaded, report = KermitModel.from_pretrained(
-        None, config=model.config, state_dict=state, output_loading_info=True
-    )
+    loaded, report = KermitModel.from_pretrained(None, config=model.config, state_dict=state, output_loading_info=True)
     missing = any("feature_map" in key for key in report["missing_keys"])
     assert missing == (name in ("favor", "taylor", "hedgehog"))
     for key, tensor in (*loaded.named_parameters(), *loaded.named_buffers()):

@@ -273,9 +273,7 @@ def test_additive_rule_is_linear_attention_of_katharopoulos():
 def test_additive_rule_with_random_features_is_the_performer():
     query, key, value = (torch.randn(2, 3, 30, 8, dtype=torch.float64) for _ in range(3))
     directions = torch.randn(20, 8, dtype=torch.float64)
-    read = additive_chunked(
-        oracles.favor_features(query, directions), oracles.favor_features(key, directions), value
-    )
+    read = additive_chunked(oracles.favor_features(query, directions), oracles.favor_features(key, directions), value)
     expected = oracles.performer(query, key, value, directions)
     assert_close(read.numerator / read.denominator[..., None], expected, 1e-12)
 

@@ -20,7 +20,6 @@ from kermit_hf import (
 from kermit_hf.feature_maps import FEATURE_MAPS, EluFeatureMap
 
 from .tiny_models import (
-    FULL,
     KERNEL,
     PAD,
     PURE_KERNEL,
@@ -159,7 +158,7 @@ class TestPadding:
             for index, row in enumerate(rows):
                 alone = model(row[None], output_attentions=True).attentions
                 real = mask[index] == 1
-                for batched, single in zip(attentions, alone):
+                for batched, single in zip(attentions, alone, strict=True):
                     assert batched.shape[-2:] == (mask.shape[1], mask.shape[1])
                     torch.testing.assert_close(batched[index][:, real][:, :, real], single[0], atol=1e-5, rtol=1e-5)
 
@@ -407,7 +406,7 @@ class TestBadInput:
             tiny_model()(tokens(2, 10), attention_mask=visible)
 
     def test_packed_rows(self):
-        with pytest.raises(ValueError, match="position_ids.*consecutive"):
+        with pytest.raises(ValueError, match=r"position_ids.*consecutive"):
             tiny_model()(tokens(1, 6), position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]]))
 
     @pytest.mark.parametrize("inputs", [{}, {"input_ids": tokens(1, 3), "inputs_embeds": torch.zeros(1, 3, 32)}])
@@ -452,7 +451,7 @@ class TestBadInput:
         with pytest.raises(ValueError, match=f"attention_mask=None.*pad_token_id={pad_token_id}"):
             model(inputs_embeds=embeddings)
         if pad_token_id is None:
-            with pytest.raises(ValueError, match="attention_mask=None.*pad_token_id=None"):
+            with pytest.raises(ValueError, match=r"attention_mask=None.*pad_token_id=None"):
                 model(batch)
         assert model(batch[:1]).logits.shape == (1, 2)
 
@@ -539,7 +538,7 @@ class TestSavingAndLoading:
         tiny_model().save_pretrained(tmp_path)
         path = tmp_path / "model.safetensors"
         path.write_bytes(path.read_bytes()[:-1000])
-        with pytest.raises(Exception, match="(?i)incomplete|truncated|invalid|size"):
+        with pytest.raises(Exception, match=r"(?i)incomplete|truncated|invalid|size"):
             KermitForCausalLM.from_pretrained(tmp_path)
 
     def test_a_checkpoint_that_lacks_keys_of_the_body(self, tmp_path):
@@ -559,7 +558,7 @@ class TestSavingAndLoading:
         )
         transformers.BertModel(config).save_pretrained(tmp_path)
         tiny_config().save_pretrained(tmp_path)
-        with pytest.raises(ValueError, match="embed_tokens.weight") as error:
+        with pytest.raises(ValueError, match=r"embed_tokens\.weight") as error:
             KermitForCausalLM.from_pretrained(tmp_path)
         assert "encoder.layer.0" in str(error.value)
 

@@ -1,0 +1,1 @@
+"""Timed comparisons with softmax attention and with other libraries: `python -m tests.benchmarks --help`."""

@@ -1,0 +1,143 @@
+"""What is timed for KERMIT: the attention alone, against softmax attention and transformers' own delta rule, and decoding."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+from kermit_hf import FEATURE_MAPS, KermitConfig, KermitForCausalLM
+from kermit_hf.kermit_attention import Slots, kermit_attention
+
+from .measure import Result, compare
+
+
+HEADS, HEAD_DIM, WINDOW, SINKS = 8, 64, 128, 4
+LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
+# (contender, contender it is compared with, length, smallest ratio that must hold), forward and forward + backward.
+TARGETS = {
+    "forward": [
+        ("additive", "softmax (SDPA)", 16384, 15.0),
+        ("additive + window 128", "softmax (SDPA)", 16384, 8.0),
+    ],
+    "forward + backward": [
+        ("additive", "softmax (SDPA)", 16384, 15.0),
+        ("additive + window 128", "softmax (SDPA)", 16384, 8.0),
+        ("gated delta", "softmax (SDPA)", 16384, 5.0),
+        ("gated delta", "transformers gated delta", 16384, 25.0),
+    ],
+}
+
+
+def attention(update_rule: str, feature_map: str, window_size: int) -> Callable[..., torch.Tensor]:
+    """KERMIT's attention, feature map included, as a function of query, key, value and the gates of the rule."""
+    features = FEATURE_MAPS[feature_map](HEAD_DIM, None, HEADS, HEADS)
+    features.unit_norm = update_rule == "delta"
+    sinks = SINKS if window_size else 0
+
+    def attend(query, key, value, **gates):
+        length = query.shape[2]
+        angles = torch.arange(length)[:, None] * 10000.0 ** (-torch.arange(0, HEAD_DIM, 2) / HEAD_DIM)
+        angles = torch.cat([angles, angles], -1)
+        slots = Slots(key, value, gates, 0, key[:, :, :sinks], value[:, :, :sinks])
+        return kermit_attention(
+            query,
+            slots,
+            (angles.cos(), angles.sin()) if window_size else None,
+            window_size,
+            update_rule,
+            features.map_queries,
+            features.map_keys,
+            query.new_zeros(query.shape[:3]),
+            lambda states: F.rms_norm(states, (HEAD_DIM,)),
+            scaling=HEAD_DIM**-0.5,
+        ).output
+
+    return attend
+
+
+def attention_contenders(length: int, backward: bool) -> Iterator[tuple[str, Callable[[], object]]]:
+    """(name, a function that runs it once), on the same random inputs."""
+    generator = torch.Generator().manual_seed(length)
+    states = [torch.randn(1, HEADS, length, HEAD_DIM, generator=generator) for _ in range(3)]
+    gates = {
+        "write_strength": torch.rand(1, HEADS, length, generator=generator),
+        "log_forget": -0.1 * torch.rand(1, HEADS, length, generator=generator),
+    }
+
+    def once(function: Callable, **extra: torch.Tensor) -> Callable[[], object]:
+        def run():
+            if not backward:
+                with torch.no_grad():
+                    return function(*states, **extra)
+            inputs = [tensor.detach().requires_grad_() for tensor in states]
+            function(*inputs, **extra).sum().backward()
+
+        return run
+
+    yield "softmax (SDPA)", once(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True))
+    yield "additive", once(attention("additive", "elu", 0))
+    yield "additive + window 128", once(attention("additive", "elu", WINDOW))
+    yield "gated delta", once(attention("delta", "silu_l2", 0), **gates)
+    yield "gated delta + window 128", once(attention("delta", "silu_l2", WINDOW), **gates)
+    if length <= 16384:
+        yield "transformers gated delta", once(transformers_gated_delta(), **gates)
+
+
+def transformers_gated_delta() -> Callable[..., torch.Tensor]:
+    from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
+
+    def attend(query, key, value, write_strength, log_forget):
+        states = (tensor.transpose(1, 2) for tensor in (query, key, value))
+        gates = {"g": log_forget.transpose(1, 2), "beta": write_strength.transpose(1, 2)}
+        return torch_chunk_gated_delta_rule(*states, **gates, use_qk_l2norm_in_kernel=True)[0]
+
+    return attend
+
+
+def time_attention(backward: bool, lengths: tuple[int, ...] = LENGTHS) -> Iterator[list[Result]]:
+    """Results length by length."""
+    for length in lengths:
+        yield compare(dict(attention_contenders(length, backward)), length)
+
+
+def time_decoding(
+    contexts: tuple[int, ...] = (256, 1024, 4096, 16384, 32768), tokens: int = 8
+) -> Iterator[list[Result]]:
+    """Seconds per generated token after `contexts` tokens: KERMIT and a Llama of the same body, both with DynamicCache.
+
+    Llama's cache is filled with random keys and values: what they hold does not change the time.
+    """
+    body = {
+        "vocab_size": 32000,
+        "hidden_size": HEADS * HEAD_DIM,
+        "intermediate_size": 1408,
+        "num_hidden_layers": 8,
+        "num_attention_heads": HEADS,
+        "max_position_embeddings": 65536,
+    }
+    torch.manual_seed(0)
+    kermit = KermitForCausalLM(KermitConfig(**body, window_size=WINDOW)).eval()
+    llama = LlamaForCausalLM(LlamaConfig(**body)).eval()
+    token = torch.tensor([[3]])
+
+    def decode(model, cache):
+        with torch.no_grad():
+            for _ in range(tokens):
+                model(token, past_key_values=cache, use_cache=True)
+
+    for context in contexts:
+        kermit_cache, llama_cache = DynamicCache(config=kermit.config), DynamicCache(config=llama.config)
+        with torch.no_grad():
+            kermit(torch.randint(3, 32000, (1, context)), past_key_values=kermit_cache, logits_to_keep=1)
+        for layer in range(body["num_hidden_layers"]):
+            states = torch.randn(1, HEADS, context, HEAD_DIM)
+            llama_cache.update(states, states, layer)
+        contenders = {
+            "KERMIT": lambda cache=kermit_cache: decode(kermit, cache),
+            "Llama": lambda cache=llama_cache: decode(llama, cache),
+        }
+        results = compare(contenders, context, max_rounds=5, budget=15.0)
+        for result in results:
+            result.seconds /= tokens
+        yield results
