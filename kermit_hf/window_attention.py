@@ -16,10 +16,6 @@ import torch
 import torch.nn.functional as F
 
 
-# Stands for minus infinity where it is multiplied by zero: far below any score, yet finite.
-HIDDEN_LOGIT = -1e9
-
-
 class Sinks(NamedTuple):
     """logits (batch, heads, seq, sinks), -inf where a query does not see a sink here, because it has not come yet or
     still lies inside the window; value (batch, kv_heads, sinks, head_dim)."""
@@ -97,71 +93,165 @@ def window_blocked(
     is_causal: bool = True,
     dropout: float = 0.0,
 ) -> WindowOutput:
-    """The formula of the module, block by block along the diagonal, each block one call of torch's attention kernel.
-
-    Sinks and far field are further keys of a block. Their logits are not products of a query with one key, so each gets
-    a coordinate of its own, in which the query holds the logit and that key alone a one. The far field's value differs
-    from query to query too: one more coordinate of the values reads off its weight instead. Shapes: see the module.
-    """
+    """The formula of the module, block by block along the diagonal. Shapes: see the module."""
     length, slots = query.shape[2], key.shape[2]
-    batch, kv_heads, _, head_dim = key.shape
+    batch, kv_heads = key.shape[:2]
+    groups = query.shape[1] // kv_heads
     if sinks is None and far is None and slots <= window_size:
         return WindowOutput(_softmax_attention(query, key, value, first_real, is_causal, dropout))
 
     dtype = torch.promote_types(query.dtype, torch.float32)
-    num_sinks = 0 if sinks is None else sinks.logits.shape[-1]
-    num_virtual = num_sinks + (far is not None)
+    # There is nothing before slot 0, also for rows whose first token has left.
+    first_real = first_real.clamp(min=0) if isinstance(first_real, torch.Tensor) else max(first_real, 0)
     block = min(length, block_size(window_size))
     blocks = -(-length // block)
     behind = -(-(window_size - 1) // block)
-    ahead = 0 if is_causal else behind
-
-    # Kernels want rows of a multiple of eight elements.
-    spare = -(head_dim + num_virtual) % 8 if num_virtual else 0
-    logits = [] if sinks is None else [sinks.logits]
-    logits += [] if far is None else [far.logit[..., None]]
-    logits = [part.to(dtype).clamp(min=HIDDEN_LOGIT) for part in logits]
-    query = torch.cat([query.to(dtype), *logits, query.new_zeros(*query.shape[:3], spare, dtype=dtype)], -1)
-    queries = _query_blocks(query, kv_heads, block).flatten(0, 1)
-
+    span = behind + 1 if is_causal else 2 * behind + 1
     # Slots are counted from the first one that the first block of queries can see.
     first_slot = slots - length - behind * block
-    end_slot = slots - length + (blocks + ahead) * block
-    virtual_keys = torch.eye(num_virtual, num_virtual + spare, dtype=dtype, device=key.device)
-    virtual_keys = F.pad(virtual_keys, (head_dim, 0)).expand(batch, kv_heads, -1, -1)
-    virtual_values = F.pad(virtual_keys[..., -1:, :], (0, 0, num_sinks, 0)) if far is not None else None
-    if sinks is not None:
-        sink_values = F.pad(sinks.value.to(dtype), (0, num_virtual + spare, 0, num_virtual - num_sinks))
-        virtual_values = sink_values if virtual_values is None else virtual_values + sink_values
-    keys = _blocks(key.to(dtype), virtual_keys, first_slot, end_slot, block, num_virtual + spare)
-    values = _blocks(value.to(dtype), virtual_values, first_slot, end_slot, block, num_virtual + spare)
-    stride, span = block + num_virtual, (behind + 1 + ahead) * (block + num_virtual)
-    keys, values = (tensor.flatten(0, 1).unfold(1, span, stride).mT for tensor in (keys, values))
+    end_slot = first_slot + (blocks - 1 + span) * block
 
-    # The virtual keys stand behind each block of keys; one copy of them is enough.
-    within = torch.arange(span, device=query.device)
-    is_virtual = within % stride >= block
-    block_index = torch.arange(blocks, device=query.device)[:, None] * block
-    query_slots = block_index + torch.arange(block, device=query.device) + slots - length
-    key_slots = block_index + within // stride * block + within % stride + first_slot
+    query_slots = torch.arange(slots - length, slots - length + blocks * block, device=query.device).view(-1, block)
+    key_slots = query_slots[:, :1] - behind * block + torch.arange(span * block, device=query.device)
     if is_causal and isinstance(first_real, int) and first_slot >= first_real:
         # Only real tokens around: every block has the same mask.
         query_slots, key_slots = query_slots[:1], key_slots[:1]
-    hidden = _hidden(query_slots, key_slots, window_size, first_real, is_causal, end=slots)
-    hidden = torch.where(is_virtual, within < behind * stride, hidden)
-    hidden = hidden | (is_virtual & (within >= (behind + 1) * stride))
-    groups = query.shape[1] // kv_heads
-    mask = torch.zeros(hidden.shape, dtype=dtype, device=query.device).masked_fill_(hidden, float("-inf"))
-    mask = mask.repeat(1, 1, groups, 1)
-    if mask.shape[0] > 1:
-        mask = mask.repeat_interleave(kv_heads, 0)
+    hidden = _hidden(query_slots, key_slots, window_size, first_real, is_causal, end=slots).repeat(1, 1, groups, 1)
+    bias = torch.zeros(hidden.shape, dtype=dtype, device=query.device).masked_fill_(hidden, float("-inf"))
+    if bias.shape[0] > 1:
+        bias = bias.repeat_interleave(kv_heads, 0)
 
-    output = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, dropout_p=dropout, scale=1.0)
-    output = _unblock_queries(output.unflatten(0, (batch, kv_heads)), block, length)
-    if far is None:
-        return WindowOutput(output[..., :head_dim])
-    share = output[..., head_dim + num_sinks, None]
-    return WindowOutput(torch.addcmul(output[..., :head_dim], share, far.value))
+    def query_blocks(tensor: torch.Tensor) -> torch.Tensor:
+        return _query_blocks(tensor.to(dtype), kv_heads, block).flatten(0, 1)
+
+    merge = _merge_flash if dropout == 0.0 and query.device.type == "cpu" and _can_use_flash() else _merge_softmax
+    output = merge(
+        query_blocks(query),
+        _pad_slots(key.to(dtype), first_slot, end_slot).flatten(0, 1),
+        _pad_slots(value.to(dtype), first_slot, end_slot).flatten(0, 1),
+        bias,
+        None if sinks is None else query_blocks(sinks.logits),
+        None if sinks is None else sinks.value.to(dtype).flatten(0, 1),
+        None if far is None else query_blocks(far.logit[..., None]),
+        None if far is None else query_blocks(far.value),
+        dropout,
+    )
+    return WindowOutput(_unblock_queries(output.unflatten(0, (batch, kv_heads)), block, length))
+
+
+def block_size(window_size: int) -> int:
+    """Half a window: three blocks of keys for each block of queries waste a quarter of the scores."""
+    return min(max(window_size // 2, 32), 512)
+
+
+def _merge_softmax(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    bias: torch.Tensor,
+    sink_logits: torch.Tensor | None,
+    sink_values: torch.Tensor | None,
+    far_logit: torch.Tensor | None,
+    far_value: torch.Tensor | None,
+    dropout: float = 0.0,
+) -> torch.Tensor:
+    """Softmax over near field, sinks and far field of each block.
+
+    queries (rows, blocks, queries, head_dim) with rows = batch * kv_heads; keys and values (rows, slots, head_dim), of
+    which each block sees as many as the last axis of bias (rows or 1, blocks or 1, queries, keys) says, from its own
+    number of blocks on; sink_logits (rows, blocks, queries, sinks), sink_values (rows, sinks, head_dim), far_logit (rows,
+    blocks, queries, 1), far_value like queries.
+    """
+    keys, values = (_windows(tensor, queries.shape[1], bias.shape[-1]) for tensor in (keys, values))
+    parts = [queries @ keys.mT + bias] + [part for part in (sink_logits, far_logit) if part is not None]
+    weights = F.dropout(torch.cat(parts, -1).softmax(-1), dropout).split([part.shape[-1] for part in parts], -1)
+    output = weights[0] @ values
+    if sink_logits is not None:
+        output = output + weights[1] @ sink_values[:, None]
+    if far_logit is not None:
+        output = output + weights[-1] * far_value
+    return output
+
+
+def _merge_flash(*arguments: torch.Tensor | None) -> torch.Tensor:
+    """`_merge_softmax` without its matrix of weights, through torch's flash attention kernel for CPUs."""
+    return _MergeFlash.apply(*arguments[:-1])
+
+
+def _can_use_flash() -> bool:
+    return not torch.compiler.is_compiling() and hasattr(
+        torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward"
+    )
+
+
+class _MergeFlash(torch.autograd.Function):
+    """The kernel gives the near field's output and the logarithm of its sum of exponentials, with which sinks and far
+    field merge. Backwards, the same kernel given the *merged* output and logarithm finds the weights e^{s - total} of
+    the merged softmax, hence its gradient (as in ring attention, Liu et al. 2023, arXiv 2310.01889)."""
+
+    @staticmethod
+    def forward(ctx, queries, keys, values, bias, sink_logits, sink_values, far_logit, far_value):
+        windows = [_windows(tensor, queries.shape[1], bias.shape[-1]) for tensor in (keys, values)]
+        output, total = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            queries, *windows, 0.0, False, attn_mask=bias, scale=1.0
+        )
+        near = total[..., None]
+        parts = [near] + [part for part in (sink_logits, far_logit) if part is not None]
+        if len(parts) > 1:
+            total = torch.cat(parts, -1).logsumexp(-1, keepdim=True)
+            output = output * (near - total).exp()
+            if sink_logits is not None:
+                output += (sink_logits - total).exp() @ sink_values[:, None]
+            if far_logit is not None:
+                output.addcmul_((far_logit - total).exp(), far_value)
+            total = total.squeeze(-1)
+        ctx.save_for_backward(
+            queries, keys, values, bias, sink_logits, sink_values, far_logit, far_value, output, total
+        )
+        return output
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        queries, keys, values, bias, sink_logits, sink_values, far_logit, far_value, output, total = ctx.saved_tensors
+        windows = [_windows(tensor, queries.shape[1], bias.shape[-1]) for tensor in (keys, values)]
+        grad_queries, *grad_windows = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad, queries, *windows, output, total, 0.0, False, attn_mask=bias, scale=1.0
+        )
+        grads = [grad_queries, *(_fold_windows(window, keys.shape[1]) for window in grad_windows), None]
+        agreement = (grad * output).sum(-1, keepdim=True)
+        total = total[..., None]
+        if sink_logits is None:
+            grads += [None, None]
+        else:
+            weights = (sink_logits - total).exp()
+            grads.append(weights * (grad @ sink_values[:, None].mT - agreement))
+            grads.append((weights.flatten(1, 2).mT @ grad.flatten(1, 2)))
+        if far_logit is None:
+            grads += [None, None]
+        else:
+            weights = (far_logit - total).exp()
+            grads.append(weights * ((grad * far_value).sum(-1, keepdim=True) - agreement))
+            grads.append(weights * grad)
+        return tuple(grads)
+
+
+def _windows(tensor: torch.Tensor, blocks: int, size: int) -> torch.Tensor:
+    """(rows, slots, dim) -> (rows, blocks, size, dim), overlapping views."""
+    step = (tensor.shape[1] - size) // max(blocks - 1, 1)
+    return tensor.unfold(1, size, max(step, 1)).mT
+
+
+def _fold_windows(windows: torch.Tensor, slots: int) -> torch.Tensor:
+    """The gradient of `_windows`: overlaps add up."""
+    rows, blocks, size, dim = windows.shape
+    step = (slots - size) // max(blocks - 1, 1)
+    if blocks == 1:
+        return windows.squeeze(1)
+    folded = windows.new_zeros(rows, slots // step, step, dim)
+    for offset, part in enumerate(windows.unflatten(2, (-1, step)).unbind(2)):
+        folded[:, offset : offset + blocks] += part
+    return folded.flatten(1, 2)
 
 
 def window_step(
@@ -254,18 +344,11 @@ def _hidden(
     return hidden | (padding & (distance != 0))
 
 
-def _blocks(
-    tensor: torch.Tensor, virtual: torch.Tensor | None, start: int, end: int, block: int, extra: int
-) -> torch.Tensor:
-    """Slots start ... end of axis 2, zeros where there are none, with `extra` zeros to a row and the rows of `virtual`
-    behind each block: (batch, kv_heads, blocks * (block + virtual rows), dim + extra)."""
+def _pad_slots(tensor: torch.Tensor, start: int, end: int) -> torch.Tensor:
+    """Slots start ... end of axis 2, zeros where there are none."""
     tensor = tensor[:, :, max(start, 0) : end]
     before = max(-start, 0)
-    tensor = pad_zeros(tensor, (0, extra, before, end - start - before - tensor.shape[2]))
-    if virtual is None:
-        return tensor
-    tensor = tensor.unflatten(2, (-1, block))
-    return torch.cat([tensor, virtual[:, :, None].expand(-1, -1, tensor.shape[2], -1, -1)], 3).flatten(2, 3)
+    return pad_zeros(tensor, (0, 0, before, end - start - before - tensor.shape[2]))
 
 
 def _query_blocks(tensor: torch.Tensor, kv_heads: int, block: int) -> torch.Tensor:

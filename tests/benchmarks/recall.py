@@ -92,7 +92,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=600, help="training steps of each setting (default 600)")
     parser.add_argument("--seeds", type=int, default=1, help="runs of each setting (default 1)")
-    parser.add_argument("--output", type=Path, default=Path("runs/benchmarks/recall.json"), help="where results are kept")
+    parser.add_argument(
+        "--output", type=Path, default=Path("runs/benchmarks/recall.json"), help="where results are kept"
+    )
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)

@@ -133,7 +133,9 @@ def recurrence(
 ) -> Read:
     """S and z of design section 3 over features `query` and `key`, from a first state on. The delta rule has no z."""
     states = _states(rule, key, value, forget, strength, matrix, normalizer)
-    matrices, normalizers = (torch.stack(parts[1:], -3 + index) for index, parts in enumerate(zip(*states)))
+    matrices, normalizers = (
+        torch.stack(parts[1:], -3 + index) for index, parts in enumerate(zip(*states, strict=True))
+    )
     return Read(
         torch.einsum("...tf,...tfd->...td", query, matrices),
         torch.einsum("...tf,...tf->...t", query, normalizers),

@@ -324,16 +324,6 @@ class TestAssistedGeneration:
         output = generate(model, tokens(1, PROMPT), assistant_model=assistant, do_sample=True)
         assert output.shape == (1, PROMPT + NEW)
 
-    @pytest.mark.parametrize("setting", ["delta", "additive"])
-    def test_in_a_continued_chat(self, setting):
-        # Not with `assistant_model`, to which transformers passes the same cache, with any model.
-        model = tiny_model(setting)
-        cache = DynamicCache(config=model.config)
-        first = generate(model, tokens(1, PROMPT), past_key_values=cache)
-        conversation = torch.cat([first, tokens(1, 6)], 1)
-        second = generate(model, conversation, past_key_values=cache, prompt_lookup_num_tokens=3)
-        assert torch.equal(second, recomputed_greedy(model, conversation))
-
 
 class TestPipelines:
     def test_text_generation(self, text_model, tokenizer):

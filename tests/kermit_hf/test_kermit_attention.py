@@ -138,7 +138,7 @@ def compare_with_oracle(model: KermitModel, mask: torch.Tensor) -> None:
     input_ids = torch.randint(30, mask.shape)
     parameters = as_double(model)
     expected = torch.cat(
-        [oracles.kermit_model(model, parameters, row[real]) for row, real in zip(input_ids, mask.bool())]
+        [oracles.kermit_model(model, parameters, row[real]) for row, real in zip(input_ids, mask.bool(), strict=True)]
     )
     actual = model(input_ids=input_ids, attention_mask=mask).last_hidden_state[mask.bool()]
     assert relative_error(actual, expected) < TOLERANCE
@@ -150,7 +150,7 @@ def compare_with_oracle(model: KermitModel, mask: torch.Tensor) -> None:
         (actual * direction).sum(), [model.get_parameter(name) for name in leaves], allow_unused=True
     )
     largest = max(gradient.abs().max().item() for gradient in theirs if gradient is not None)
-    for name, mine, reference in zip(leaves, ours, theirs):
+    for name, mine, reference in zip(leaves, ours, theirs, strict=True):
         mine = torch.zeros_like(leaves[name]) if mine is None else mine.double()
         reference = torch.zeros_like(leaves[name]) if reference is None else reference
         # A parameter that hardly matters has a gradient of rounding errors of the others'.
@@ -253,7 +253,7 @@ def both_forms(model, **inputs):
             hidden = hidden[inputs["attention_mask"].bool()]
         direction = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(2))
         gradients = torch.autograd.grad((hidden * direction).sum(), list(model.parameters()), allow_unused=True)
-        found.append((hidden, dict(zip(dict(model.named_parameters()), gradients)), output.attentions))
+        found.append((hidden, dict(zip(dict(model.named_parameters()), gradients, strict=True)), output.attentions))
     return found
 
 
@@ -295,9 +295,9 @@ def test_attentions_reproduce_the_attentions_output(setting, is_causal):
     real = mask.bool()
     with torch.no_grad():
         attentions = model(torch.randint(30, mask.shape), attention_mask=mask, output_attentions=True).attentions
-        values = [layer.self_attn.v_proj(states) for layer, states in zip(model.layers, normed)]
+        values = [layer.self_attn.v_proj(states) for layer, states in zip(model.layers, normed, strict=True)]
     assert len(attentions) == 1
-    for weights, value, output in zip(attentions, values, outputs):
+    for weights, value, output in zip(attentions, values, outputs, strict=True):
         assert weights.shape == (2, 4, LENGTH, LENGTH)
         value = value.unflatten(-1, (2, 6)).transpose(1, 2).repeat_interleave(2, 1)
         output = output.unflatten(-1, (4, 6)).transpose(1, 2)

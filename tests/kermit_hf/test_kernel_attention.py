@@ -124,7 +124,7 @@ def gradients(inputs: Inputs, outputs: tuple[torch.Tensor, ...]) -> dict[str, to
         for output in outputs
         if output is not None
     )
-    return dict(zip(inputs.tensors, torch.autograd.grad(loss, list(inputs.tensors.values()))))
+    return dict(zip(inputs.tensors, torch.autograd.grad(loss, list(inputs.tensors.values())), strict=True))
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = TOLERANCE, name: str = "") -> None:
@@ -136,7 +136,7 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float 
 def assert_same_outputs_and_gradients(inputs: Inputs, form: str, tolerance: float = TOLERANCE, **options) -> None:
     expected, single = oracle(inputs), inputs.to(torch.float32)
     actual = run(single, form, **options)
-    for name, ours, theirs in zip(("numerator", "denominator", "matrix", "normalizer"), actual, expected):
+    for name, ours, theirs in zip(("numerator", "denominator", "matrix", "normalizer"), actual, expected, strict=True):
         assert (ours is None) == (theirs is None), name
         if ours is not None:
             assert ours.dtype == torch.float32
@@ -257,7 +257,7 @@ def test_a_token_of_padding_leaves_the_memory_exactly_as_it_was(rule, gated, for
         if gated:
             inputs.tensors["log_forget"].zero_()
         _, _, *after = run(inputs, form)
-    for before, now in zip(inputs.memory(), after):
+    for before, now in zip(inputs.memory(), after, strict=True):
         assert before is None or torch.equal(before, now)
 
 
@@ -358,7 +358,7 @@ def test_extreme_gates_keep_their_precision(rule, form, gate):
     inputs = extreme(rule, gate, length=100 if form == "step" else 200)
     expected, single = oracle(inputs), inputs.to(torch.float32)
     actual = run(single, form)
-    for name, ours, theirs in zip(("numerator", "denominator", "matrix", "normalizer"), actual, expected):
+    for name, ours, theirs in zip(("numerator", "denominator", "matrix", "normalizer"), actual, expected, strict=True):
         if ours is not None:
             assert_close(ours, theirs, name=name)
     ours, theirs = gradients(single, actual), gradients(inputs, expected)
@@ -418,7 +418,7 @@ def test_half_precision_inputs_are_summed_in_float32(rule, gated, form, dtype):
     with torch.no_grad():
         actual = run(half, form)
         expected = run(half.to(torch.float32), form)
-    for ours, theirs in zip(actual, expected):
+    for ours, theirs in zip(actual, expected, strict=True):
         if theirs is not None:
             assert ours.dtype == torch.float32
             assert torch.equal(ours, theirs)
@@ -429,7 +429,7 @@ def test_half_precision_inputs_are_summed_in_float32(rule, gated, form, dtype):
 def test_float64_stays_float64(rule, gated, form):
     """1e-10: nothing on the way is rounded to float32 (6e-8)."""
     inputs = make_inputs(rule, gated, 70)
-    for ours, theirs in zip(run(inputs, form), oracle(inputs)):
+    for ours, theirs in zip(run(inputs, form), oracle(inputs), strict=True):
         if theirs is not None:
             assert ours.dtype == torch.float64
             assert_close(ours, theirs, 1e-10)

@@ -564,7 +564,8 @@ class TestSavingAndLoading:
 
     def test_a_checkpoint_of_another_size(self, tmp_path):
         tiny_model().save_pretrained(tmp_path)
-        with pytest.raises(RuntimeError, match=r"embed_tokens\.weight"):
+        # The report that transformers logs before it raises names the keys.
+        with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
             KermitForCausalLM.from_pretrained(tmp_path, config=tiny_config(hidden_size=64))
 
 

@@ -103,7 +103,7 @@ class Case:
         firsts = (
             self.first_real.tolist() if isinstance(self.first_real, torch.Tensor) else [self.first_real] * len(output)
         )
-        return [row[:, max(first - self.past, 0) :] for row, first in zip(output, firsts)]
+        return [row[:, max(first - self.past, 0) :] for row, first in zip(output, firsts, strict=True)]
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor, name: str = "", tolerance: float = TOLERANCE) -> None:
@@ -118,14 +118,14 @@ def gradients(case: Case, rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
     found = torch.autograd.grad(loss, list(case.leaves.values()), allow_unused=True)
     return {
         name: torch.zeros_like(leaf) if gradient is None else gradient
-        for (name, leaf), gradient in zip(case.leaves.items(), found)
+        for (name, leaf), gradient in zip(case.leaves.items(), found, strict=True)
     }
 
 
 def assert_same_outputs_and_gradients(case: Case, form: str, is_causal: bool = True) -> None:
     single = case.single()
     expected, actual = case.oracle(is_causal), single.real(single.run(form, is_causal=is_causal).output)
-    for index, (ours, theirs) in enumerate(zip(actual, expected)):
+    for index, (ours, theirs) in enumerate(zip(actual, expected, strict=True)):
         assert_close(ours, theirs, f"row {index}")
     ours, theirs = gradients(single, actual), gradients(case, expected)
     for name, gradient in theirs.items():
@@ -182,7 +182,7 @@ def test_every_length_and_window_agree_in_both_forms(padded, is_causal):
         with torch.no_grad():
             ours = case.real(case.run("blocked", is_causal=is_causal).output)
             theirs = case.real(case.run("reference", is_causal=is_causal).output)
-        for row, expected in zip(ours, theirs):
+        for row, expected in zip(ours, theirs, strict=True):
             assert_close(row, expected, f"length {length}, window {window}", 1e-10)
 
 
@@ -228,7 +228,7 @@ def test_large_scores_neither_overflow_nor_lose_the_gradient(form, size):
             case.leaves[name] *= size
     single = case.single()
     rows = single.real(single.run(form).output)
-    for ours, theirs in zip(rows, case.oracle()):
+    for ours, theirs in zip(rows, case.oracle(), strict=True):
         close = (ours.double() - theirs).abs().amax(-1) < 1e-2
         assert ours.isfinite().all()
         assert close.double().mean() > 0.95
