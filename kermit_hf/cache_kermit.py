@@ -9,7 +9,7 @@ import torch
 from transformers import cache_utils
 from transformers.cache_utils import CacheLayerMixin
 
-from .kermit_attention import Slots
+from .kermit_attention import Slots, take_slots
 from .kernel_attention import KernelMemory
 
 
@@ -381,15 +381,6 @@ def _append(past: torch.Tensor, new: torch.Tensor, num_pad: torch.Tensor | None,
     slots = torch.arange(joined.shape[dim], device=joined.device)
     source = torch.where(slots < past.shape[dim] + num_pad[:, None], slots - num_pad[:, None], slots).clamp(min=0)
     return take_slots(joined, source, dim)
-
-
-def take_slots(tensor: torch.Tensor, slots: torch.Tensor, dim: int) -> torch.Tensor:
-    """Selects, for each row of the batch (axis 0), the entries `slots` (batch, count) of axis `dim`."""
-    shape = [1] * tensor.dim()
-    shape[0], shape[dim] = slots.shape
-    target = list(tensor.shape)
-    target[dim] = slots.shape[1]
-    return tensor.gather(dim, slots.view(shape).expand(target))
 
 
 def _read_sinks(

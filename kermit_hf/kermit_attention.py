@@ -244,6 +244,26 @@ def _attend(
     return KermitAttentionOutput(near.output, memory, weights, near.sinks, unweighted)
 
 
+def first_tokens(
+    key: torch.Tensor, value: torch.Tensor, first_real: int | torch.Tensor, count: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first `count` real tokens of each row, (batch, kv_heads, count, head_dim); short rows repeat their last one,
+    which no query sees."""
+    index = torch.arange(count, device=key.device)
+    index = index + (first_real[:, None] if isinstance(first_real, torch.Tensor) else first_real)
+    index = index.clamp(max=key.shape[2] - 1).expand(key.shape[0], count)
+    return take_slots(key, index, dim=2), take_slots(value, index, dim=2)
+
+
+def take_slots(tensor: torch.Tensor, slots: torch.Tensor, dim: int) -> torch.Tensor:
+    """Selects, for each row of the batch (axis 0), the entries `slots` (batch, count) of axis `dim`."""
+    shape = [1] * tensor.dim()
+    shape[0], shape[dim] = slots.shape
+    target = list(tensor.shape)
+    target[dim] = slots.shape[1]
+    return tensor.gather(dim, slots.view(shape).expand(target))
+
+
 def _apply(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     return weights @ values.to(weights.dtype).repeat_interleave(weights.shape[1] // values.shape[1], 1)
 

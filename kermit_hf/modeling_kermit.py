@@ -1,10 +1,11 @@
 """KERMIT: a Llama-shaped decoder with a window of exact attention and a kernel memory of constant size behind it."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
@@ -37,10 +38,12 @@ from transformers.utils import TransformersKwargs, auto_docstring, can_return_tu
 from transformers.utils.generic import maybe_autocast, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .cache_kermit import LAYER_TYPE, take_slots
+from .cache_kermit import LAYER_TYPE
+from .checkpoints import incomplete_keys, listed
 from .configuration_kermit import KermitConfig
 from .feature_maps import FEATURE_MAPS, FeatureMap
-from .kermit_attention import KermitAttentionOutput, Slots, kermit_attention
+from .kermit_attention import KermitAttentionOutput, Slots, first_tokens, kermit_attention
+from .padding import Padding
 
 
 # What a cache depends on, besides the shapes of keys and values.
@@ -56,40 +59,6 @@ CACHE_SETTINGS = (
 
 # `generate` prepares masks ahead of a compiled step; a kernel layer needs to know padding only.
 LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING.setdefault(LAYER_TYPE, create_recurrent_attention_mask)
-
-
-class Padding(NamedTuple):
-    """Where the new tokens of a batch are padding. Kernel layers see each row with its padding first.
-
-    num_pad: (batch,). order: (batch, seq), the token in each place, None if padding comes first already. inverse: the
-    way back.
-    """
-
-    num_pad: torch.Tensor
-    order: torch.Tensor | None
-    inverse: torch.Tensor | None
-
-    @classmethod
-    def from_mask(cls, mask: torch.Tensor) -> "Padding":
-        """`mask`: (batch, seq), nonzero at real tokens."""
-        real = mask != 0
-        num_pad = (~real).sum(-1)
-        order = real.to(torch.uint8).argsort(dim=-1, stable=True)
-        if not torch.compiler.is_compiling() and bool((real[:, 1:] >= real[:, :-1]).all()):
-            return cls(num_pad, None, None)
-        return cls(num_pad, order, order.argsort(dim=-1))
-
-    def align(self, states: torch.Tensor) -> torch.Tensor:
-        """(batch, seq, dim) in the places of kernel layers."""
-        return states if self.order is None else take_slots(states, self.order, dim=1)
-
-    def restore(self, states: torch.Tensor, dim: int = 1) -> torch.Tensor:
-        """The way back, along axis `dim`."""
-        return states if self.inverse is None else take_slots(states, self.inverse, dim=dim)
-
-    def is_pad(self, length: int) -> torch.Tensor:
-        """(batch, seq), in the places of kernel layers."""
-        return torch.arange(length, device=self.num_pad.device) < self.num_pad[:, None]
 
 
 class KermitSoftmaxAttention(nn.Module):
@@ -213,7 +182,7 @@ class KermitKernelAttention(KermitSoftmaxAttention):
         if cache is None:
             first_real = 0 if padding is None else padding.num_pad
             num_sinks = self.config.num_sink_tokens
-            sink_keys, sink_values = _first_tokens(key, value, first_real, num_sinks)
+            sink_keys, sink_values = first_tokens(key, value, first_real, num_sinks)
             slots = Slots(key, value, gates, first_real, sink_keys, sink_values)
         else:
             past_key_values.update(
@@ -249,12 +218,21 @@ class KermitKernelAttention(KermitSoftmaxAttention):
         if cache is not None:
             cache.store(result.memory)
         output, weights = result.output, None
+        if self.training and slots.keys.shape[2] <= self.config.window_size:
+            output = output + self._unreached()
         if padding is not None:
             output = padding.restore(output, dim=2)
         if explicit:
             total = length if cache is None else int(past_key_values.get_seq_length(self.layer_idx))
             output, weights = _weigh_tokens(result, slots, total, padding)
         return self.o_proj(output.to(hidden_states.dtype).transpose(1, 2).flatten(2)), weights
+
+    def _unreached(self) -> torch.Tensor:
+        """Zero, made from the far field's parameters: a text no longer than the window does not reach them, but data
+        parallel training waits for a gradient of each."""
+        softmax = {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm", "conv_weight"}
+        far = [tensor for name, tensor in self.named_parameters() if name.split(".")[0] not in softmax]
+        return sum(tensor.flatten()[:1].sum() for tensor in far if tensor.requires_grad) * 0.0
 
     def _far_logit(self, query: torch.Tensor) -> torch.Tensor:
         """(batch, heads, seq), float32. Without a window the far field is all there is, and its logit has no meaning."""
@@ -288,6 +266,35 @@ class KermitKernelAttention(KermitSoftmaxAttention):
         if self.config.update_rule == "delta":
             gates["write_strength"] = self.write_proj(hidden_states).float().sigmoid().transpose(1, 2)
         return gates
+
+
+def _weigh_tokens(
+    result: KermitAttentionOutput, slots: Slots, total: int, padding: Padding | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights (batch, heads, seq, total), one column for each token so far in the input's order, and the output
+    (batch, heads, seq, head_dim) made from them, so that gradients reach it through the weights."""
+    weights, values = result.weights, slots.values.to(result.weights.dtype)
+    # A cache may have let go of the first tokens; sinks among them are still there.
+    missing = total - weights.shape[-1]
+    weights, values = F.pad(weights, (missing, 0)), F.pad(values, (0, 0, missing, 0))
+    if result.sink_weights is not None:
+        first = slots.first_real + missing
+        index = torch.arange(result.sink_weights.shape[-1], device=weights.device)
+        index = (index + (first.view(-1, 1) if isinstance(first, torch.Tensor) else first)).clamp(max=total - 1)
+        index = index.expand(weights.shape[0], -1)[:, None]
+        weights = weights.scatter_add(-1, index[:, :, None].expand_as(result.sink_weights), result.sink_weights)
+        gone = (index < missing)[..., None]
+        sink_values = torch.where(gone, slots.sink_values.to(values.dtype), 0.0)
+        values = values.scatter_add(2, index[..., None].expand_as(sink_values), sink_values)
+    unweighted = result.unweighted
+    if padding is not None:
+        length = weights.shape[2]
+        weights = padding.restore(weights, dim=2)
+        weights = torch.cat([weights[..., :-length], padding.restore(weights[..., -length:], dim=3)], -1)
+        values = torch.cat([values[:, :, :-length], padding.restore(values[:, :, -length:], dim=2)], 2)
+        unweighted = None if unweighted is None else padding.restore(unweighted, dim=2)
+    output = weights @ values.repeat_interleave(weights.shape[1] // values.shape[1], 1)
+    return output if unweighted is None else output + unweighted, weights
 
 
 class KermitDecoderLayer(GradientCheckpointingLayer):
@@ -355,15 +362,24 @@ class KermitPreTrainedModel(PreTrainedModel):
         """As transformers loads, but where it only warns that weights of the body are missing, raises `ValueError` naming
         them: the file is damaged or of another architecture. A missing head is what fine-tuning starts from. With
         `output_loading_info` the missing keys are returned instead."""
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        try:
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+            )
+        except SafetensorError as error:
+            folder = Path(str(pretrained_model_name_or_path))
+            cut = [key for path in sorted(folder.glob("*.safetensors")) for key in incomplete_keys(path)]
+            raise ValueError(
+                f"{folder} holds a damaged checkpoint ({error}), which lacks {listed(cut)}; copy or download it again"
+            ) from error
         if output_loading_info:
             return model, info
         body = "" if model.base_model is model else f"{model.base_model_prefix}."
         missing = sorted(key for key in info["missing_keys"] if key.startswith(body))
         if missing and pretrained_model_name_or_path is not None:
             raise ValueError(
-                f"{pretrained_model_name_or_path} is not a whole KERMIT checkpoint: it lacks {_listed(missing)}; "
-                f"unused here are its {_listed(sorted(info['unexpected_keys']))}"
+                f"{pretrained_model_name_or_path} is not a whole KERMIT checkpoint: it lacks {listed(missing)}; "
+                f"unused here are its {listed(sorted(info['unexpected_keys']))}"
             )
         return model
 
@@ -414,7 +430,14 @@ class KermitModel(KermitPreTrainedModel):
         # Kernel layers first: they say what is wrong with a mask.
         for layer_type in sorted(set(self.config.layer_types), key=LAYER_TYPE.__ne__):
             if layer_type == LAYER_TYPE:
-                masks[layer_type] = self._kernel_padding(inputs_embeds, attention_mask, position_ids, past_key_values)
+                masks[layer_type] = Padding.from_any_mask(
+                    attention_mask,
+                    layer_type,
+                    position_ids,
+                    *inputs_embeds.shape[:2],
+                    past_key_values,
+                    self.config.is_causal,
+                )
                 positions[layer_type] = self._kernel_positions(length, past_key_values)
             else:
                 masks[layer_type] = self._softmax_mask(
@@ -485,46 +508,6 @@ class KermitModel(KermitPreTrainedModel):
         angles = torch.cat([angles, angles], -1)
         scaling = self.rotary_emb.attention_scaling
         return angles.cos() * scaling, angles.sin() * scaling
-
-    def _kernel_padding(
-        self,
-        inputs_embeds: torch.Tensor,
-        attention_mask: torch.Tensor | dict | None,
-        position_ids: torch.Tensor,
-        past_key_values: Cache | None,
-    ) -> Padding | None:
-        """What kernel layers need to know of any mask that transformers passes: None, 2D, 4D or a dict of those."""
-        batch, length = inputs_embeds.shape[:2]
-        mask = attention_mask.get(LAYER_TYPE) if isinstance(attention_mask, dict) else attention_mask
-        compiling = torch.compiler.is_compiling()
-        if mask is not None and mask.dim() == 4:
-            mask = _padding_of_4d_mask(mask, length, self.config.is_causal)
-        past_length = 0 if past_key_values is None or compiling else int(past_key_values.get_seq_length())
-        if mask is not None and (
-            mask.dim() != 2
-            or mask.shape[0] != batch
-            or mask.shape[1] < length
-            # A static cache comes with masks as long as itself.
-            or (type(attention_mask) is not dict and not compiling and mask.shape[1] > past_length + length)
-        ):
-            raise ValueError(
-                f"attention_mask has shape {tuple(mask.shape)}; allowed are (batch, past + seq) = "
-                f"{(batch, past_length + length)}, the new tokens alone, or a 4D mask of padding and causality alone"
-            )
-        if mask is not None:
-            mask = mask[:, -length:]
-        if not compiling and length > 1:
-            _check_positions(position_ids, mask)
-        if mask is not None and not compiling:
-            is_first = past_key_values is None and self.config.is_causal
-            if bool(((mask != 0) if not is_first else (mask[:, :-1] >= mask[:, 1:])).all()):
-                # Nothing padded, or only behind the text, where no earlier token looks.
-                mask = None
-        return None if mask is None else Padding.from_mask(mask)
-
-
-def _listed(keys: list[str], most: int = 20) -> str:
-    return ", ".join(keys[:most]) + (f", ... ({len(keys)} keys)" if len(keys) > most else "" if keys else "no keys")
 
 
 def _check_labels(name: str, labels: torch.Tensor, *allowed: tuple[int, ...]) -> None:
@@ -690,21 +673,12 @@ class KermitForTokenClassification(KermitPreTrainedModel):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
-        use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> TokenClassifierOutput:
         outputs: BaseModelOutputWithPast = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
+            input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
         )
         logits = self.score(self.dropout(outputs.last_hidden_state))
         loss = None
@@ -730,20 +704,13 @@ class KermitForQuestionAnswering(KermitPreTrainedModel):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         start_positions: torch.LongTensor | None = None,
         end_positions: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> QuestionAnsweringModelOutput:
         outputs: BaseModelOutputWithPast = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            **kwargs,
+            input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
         )
         start_logits, end_logits = self.qa_outputs(outputs.last_hidden_state).unbind(-1)
         loss = None
@@ -758,77 +725,6 @@ class KermitForQuestionAnswering(KermitPreTrainedModel):
             end_logits=end_logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-        )
-
-
-def _first_tokens(
-    key: torch.Tensor, value: torch.Tensor, first_real: int | torch.Tensor, count: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The first `count` real tokens of each row, (batch, kv_heads, count, head_dim); short rows repeat their last one,
-    which no query sees."""
-    index = torch.arange(count, device=key.device)
-    index = index + (first_real[:, None] if isinstance(first_real, torch.Tensor) else first_real)
-    index = index.clamp(max=key.shape[2] - 1).expand(key.shape[0], count)
-    return take_slots(key, index, dim=2), take_slots(value, index, dim=2)
-
-
-def _weigh_tokens(
-    result: KermitAttentionOutput, slots: Slots, total: int, padding: Padding | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights (batch, heads, seq, total), one column for each token so far in the input's order, and the output
-    (batch, heads, seq, head_dim) made from them, so that gradients reach it through the weights."""
-    weights, values = result.weights, slots.values.to(result.weights.dtype)
-    # A cache may have let go of the first tokens; sinks among them are still there.
-    missing = total - weights.shape[-1]
-    weights, values = F.pad(weights, (missing, 0)), F.pad(values, (0, 0, missing, 0))
-    if result.sink_weights is not None:
-        first = slots.first_real + missing
-        index = torch.arange(result.sink_weights.shape[-1], device=weights.device)
-        index = (index + (first.view(-1, 1) if isinstance(first, torch.Tensor) else first)).clamp(max=total - 1)
-        index = index.expand(weights.shape[0], -1)[:, None]
-        weights = weights.scatter_add(-1, index[:, :, None].expand_as(result.sink_weights), result.sink_weights)
-        gone = (index < missing)[..., None]
-        sink_values = torch.where(gone, slots.sink_values.to(values.dtype), 0.0)
-        values = values.scatter_add(2, index[..., None].expand_as(sink_values), sink_values)
-    unweighted = result.unweighted
-    if padding is not None:
-        length = weights.shape[2]
-        weights = padding.restore(weights, dim=2)
-        weights = torch.cat([weights[..., :-length], padding.restore(weights[..., -length:], dim=3)], -1)
-        values = torch.cat([values[:, :, :-length], padding.restore(values[:, :, -length:], dim=2)], 2)
-        unweighted = None if unweighted is None else padding.restore(unweighted, dim=2)
-    output = weights @ values.repeat_interleave(weights.shape[1] // values.shape[1], 1)
-    return output if unweighted is None else output + unweighted, weights
-
-
-def _padding_of_4d_mask(mask: torch.Tensor, length: int, is_causal: bool) -> torch.Tensor:
-    """The (batch, keys) padding in a (batch, 1, seq, keys) mask; `ValueError` if it hides anything else."""
-    visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-    real = visible[:, :, -1:].any(1, keepdim=True)
-    allowed = real.expand_as(visible)
-    if is_causal:
-        allowed = allowed & torch.ones(visible.shape[-2:], dtype=torch.bool, device=mask.device).tril(
-            visible.shape[-1] - length
-        )
-    # Rows of padding queries say nothing, whatever they hold.
-    matters = real[..., -length:].transpose(-1, -2)
-    if not torch.compiler.is_compiling() and bool(((visible != allowed) & matters).any()):
-        raise ValueError(
-            f"attention_mask of shape {tuple(mask.shape)} hides more than padding and the future, which kernel layers cannot "
-            "follow; allowed are masks of shape (batch, past + seq)"
-        )
-    return real[:, 0, 0].long()
-
-
-def _check_positions(position_ids: torch.Tensor, mask: torch.Tensor | None) -> None:
-    steps = position_ids[..., 1:] - position_ids[..., :-1]
-    wrong = steps != 1
-    if mask is not None:
-        wrong = wrong & (mask[:, 1:] != 0) & (mask[:, :-1] != 0)
-    if bool(wrong.any()):
-        raise ValueError(
-            "position_ids do not count up by one, but kernel layers go by the order of tokens; allowed are consecutive "
-            "positions, one text per row (no packed rows)"
         )
 
 

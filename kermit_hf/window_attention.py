@@ -191,6 +191,8 @@ class _MergeFlash(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, queries, keys, values, bias, sink_logits, sink_values, far_logit, far_value):
+        # The kernel takes the last axis for contiguous without looking.
+        queries, keys, values = queries.contiguous(), keys.contiguous(), values.contiguous()
         windows = [_windows(tensor, queries.shape[1], bias.shape[-1]) for tensor in (keys, values)]
         output, total = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             queries, *windows, 0.0, False, attn_mask=bias, scale=1.0
@@ -213,6 +215,7 @@ class _MergeFlash(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
+        grad = grad.contiguous()
         queries, keys, values, bias, sink_logits, sink_values, far_logit, far_value, output, total = ctx.saved_tensors
         windows = [_windows(tensor, queries.shape[1], bias.shape[-1]) for tensor in (keys, values)]
         grad_queries, *grad_windows = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
@@ -226,7 +229,7 @@ class _MergeFlash(torch.autograd.Function):
         else:
             weights = (sink_logits - total).exp()
             grads.append(weights * (grad @ sink_values[:, None].mT - agreement))
-            grads.append((weights.flatten(1, 2).mT @ grad.flatten(1, 2)))
+            grads.append(weights.flatten(1, 2).mT @ grad.flatten(1, 2))
         if far_logit is None:
             grads += [None, None]
         else:
@@ -290,11 +293,6 @@ def window_step(
     if far is not None:
         output = output + rest[..., -1:] * far.value.squeeze(2).unflatten(1, (kv_heads, -1))
     return WindowOutput(output.flatten(1, 2).unsqueeze(2))
-
-
-def block_size(window_size: int) -> int:
-    """Half a window: three blocks of keys for each block of queries waste a quarter of the scores."""
-    return min(max(window_size // 2, 32), 512)
 
 
 def _softmax_attention(

@@ -35,9 +35,11 @@ class TestKermitOnTheHub(GenerativeHubRoundTrip):
         "modeling_kermit.py",
         "configuration_kermit.py",
         "cache_kermit.py",
+        "checkpoints.py",
         "feature_maps.py",
         "kermit_attention.py",
         "kernel_attention.py",
+        "padding.py",
         "window_attention.py",
     ]
     pushed_heads: ClassVar = ["AutoModelForCausalLM", "AutoModelForSequenceClassification"]

@@ -357,3 +357,14 @@ def test_a_gradient_step_lowers_the_loss_of_every_setting():
         before.backward()
         optimizer.step()
         assert model(input_ids, labels=input_ids).loss < before, setting
+
+
+@pytest.mark.parametrize("rule", ["delta", "additive"])
+def test_texts_shorter_than_the_window_give_every_parameter_a_gradient(rule):
+    """Data parallel training waits for all of them; those of the far field, which such texts do not reach, are zero."""
+    model = tiny_model(update_rule=rule, window_size=64, num_sink_tokens=2).train()
+    tokens = torch.randint(1, model.config.vocab_size, (2, 20))
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    missing = [name for name, tensor in model.named_parameters() if tensor.grad is None]
+    assert missing == []
+    assert not model.model.layers[0].self_attn.far_bias.grad.any()

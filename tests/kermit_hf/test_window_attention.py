@@ -301,3 +301,25 @@ def test_blocks_waste_little(window):
     """A block of queries scores its own keys and a window's worth behind them, within sensible sizes of a block."""
     assert 32 <= block_size(window) <= 512
     assert block_size(window) <= max(window // 2, 32)
+
+
+def test_the_layout_of_tensors_in_memory_does_not_matter():
+    """The kernel reads the last axis as contiguous: values after a convolution and gradients of a sum are not."""
+    shape, window = (1, 2, 32, 8), 1  # whole blocks: nothing is padded, hence copied, on the way
+
+    def run(transposed: bool) -> list[torch.Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        query, key, value = (torch.randn(shape, generator=generator) for _ in range(3))
+        if transposed:
+            query, key, value = (states.mT.contiguous().mT for states in (query, key, value))
+        query, key, value = (states.requires_grad_() for states in (query, key, value))
+        output = window_blocked(query, key, value, window).output
+        grads = torch.autograd.grad(output.sum() if transposed else (output * 1.0).sum(), (query, key, value))
+        return [output.detach(), *grads]
+
+    reference = window_reference(
+        *(torch.randn(shape, generator=g) for g in [torch.Generator().manual_seed(0)] * 3), window
+    )
+    for ours, theirs in zip(run(transposed=True), run(transposed=False), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)  # float32 sums in another order
+    torch.testing.assert_close(run(transposed=True)[0], reference.output, atol=1e-5, rtol=1e-5)
