@@ -155,31 +155,39 @@ def _in_segments(
     window_size: int,
     segment: int,
 ) -> KermitAttentionOutput:
-    """The same attention, one segment after the other: each starts from the memory and the window that the last one left.
-
-    `split` rather than slices, whose gradients would each be as large as the whole sequence.
-    """
-    sizes = [slots.keys.shape[2] - query.shape[2]] + [part.shape[2] for part in query.split(segment, 2)]
-    pieces = {"keys": slots.keys, "values": slots.values, **slots.gates}
-    pieces = {name: tensor.split(sizes, 2) for name, tensor in pieces.items()}
-    tail = {name: parts[0] for name, parts in pieces.items()}
-    memory, first_real, first_filled, outputs = slots.memory, slots.first_real, slots.first_filled, []
-    for index, (queries, logits) in enumerate(zip(query.split(segment, 2), far_logit.split(segment, 2), strict=True)):
-        tokens = {name: _join(tail[name], parts[index + 1]) for name, parts in pieces.items()}
-        num_slots = tokens["keys"].shape[2]
-        leaving = max(num_slots - window_size, 0)
-        tail = {name: tensor[:, :, leaving:] for name, tensor in tokens.items()}
-        part = slots._replace(
-            keys=tokens.pop("keys"),
-            values=tokens.pop("values"),
-            gates=tokens,
-            first_real=first_real,
+    """The same attention, one segment after the other: each starts from the memory and the window that the last one left."""
+    tokens = {"keys": slots.keys, "values": slots.values, **slots.gates}
+    queries, logits = query.split(segment, 2), far_logit.split(segment, 2)
+    parts = None
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tokens.values()):
+        # The gradient of each slice would be as large as the whole sequence; `split` has one for all its parts.
+        past = slots.keys.shape[2] - query.shape[2]
+        sizes = [past] + [part.shape[2] for part in queries]
+        parts = {name: list(tensor.split(sizes, 2)) for name, tensor in tokens.items()}
+    start, stop = 0, slots.keys.shape[2] - query.shape[2]
+    memory, outputs = slots.memory, []
+    for segment_query, segment_logit in zip(queries, logits, strict=True):
+        stop += segment_query.shape[2]
+        if parts is None:
+            near = {name: tensor[:, :, start:stop] for name, tensor in tokens.items()}
+        else:
+            near = {name: _join(part.pop(0), part[0]) for name, part in parts.items()}
+        leaving = max(stop - start - window_size, 0)
+        if parts is not None:
+            for name, part in parts.items():
+                part[0] = near[name][:, :, leaving:]
+        segment_slots = slots._replace(
+            keys=near.pop("keys"),
+            values=near.pop("values"),
+            gates=near,
+            first_real=slots.first_real - start,
+            first_filled=slots.first_filled - start,
             memory=memory,
-            first_filled=first_filled,
         )
-        result = attend(queries, part, rotary, logits)
-        memory, first_real, first_filled = result.memory, first_real - leaving, first_filled - leaving
+        result = attend(segment_query, segment_slots, rotary, segment_logit)
+        memory = result.memory
         outputs.append(result.output)
+        start += leaving
     return KermitAttentionOutput(torch.cat(outputs, 2), memory)
 
 

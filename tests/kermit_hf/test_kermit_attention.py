@@ -480,3 +480,25 @@ def test_a_sink_is_seen_from_the_distance_of_the_window_however_far_it_is():
         input_ids = torch.cat([torch.randint(30, (1, 3)), torch.full((1, 300), 7)], 1)
         hidden = model(input_ids).last_hidden_state
     assert relative_error(hidden[:, 12:], hidden[:, 12:13].expand(-1, 291, -1)) < TOLERANCE
+
+
+@pytest.mark.parametrize("rule", ["delta", "additive"])
+@pytest.mark.parametrize("window", [0, 5])
+def test_segments_change_nothing(rule, window, monkeypatch):
+    """A long text is read segment by segment on a CPU: same outputs and gradients as in one piece, in float64 to rounding."""
+
+    def run() -> list[torch.Tensor]:
+        model = make_model(update_rule=rule, feature_map="elu", window_size=window, num_sink_tokens=min(window, 2))
+        model = model.double().train()
+        inputs = torch.randint(3, model.config.vocab_size, (2, 700), generator=torch.Generator().manual_seed(0))
+        output = model(inputs, use_cache=False).logits
+        output.sin().sum().backward()
+        with torch.no_grad():
+            untracked = model(inputs, use_cache=False).logits
+        return [output.detach(), untracked, *(p.grad for p in model.parameters() if p.grad is not None)]
+
+    monkeypatch.setattr("kermit_hf.kermit_attention.SEGMENT_ELEMENTS", 1)
+    in_segments = run()
+    monkeypatch.setattr("kermit_hf.kermit_attention.SEGMENT_ELEMENTS", 10**9)
+    for ours, whole in zip(in_segments, run(), strict=True):
+        torch.testing.assert_close(ours, whole, atol=1e-8, rtol=1e-6)
