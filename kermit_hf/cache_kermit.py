@@ -15,6 +15,9 @@ from .kernel_attention import KernelMemory
 
 LAYER_TYPE = "kernel_attention"
 
+# While recording, so many tokens can be taken back at most: without a bound a cache that is never cropped would grow.
+MAX_ROLLBACK = 1024
+
 
 class KermitCacheLayer(CacheLayerMixin):
     """Grows to `window_size` tokens and stays there.
@@ -106,7 +109,7 @@ class KermitCacheLayer(CacheLayerMixin):
             first_filled=first_filled,
             num_absorbed=max(certain - window_size, 0) if self.record_past else None,
         )
-        self.unconfirmed = self.unconfirmed + length if self.record_past else 0
+        self.unconfirmed = self._unconfirmed_after(length)
         return keys, values
 
     def store(self, memory: KernelMemory | None) -> None:
@@ -136,9 +139,12 @@ class KermitCacheLayer(CacheLayerMixin):
             )
         full = _append(self.conv_tail.to(states.device), states, num_pad, dim=2)
         # Called before `update`, which counts these tokens.
-        unconfirmed = self.unconfirmed + states.shape[2] if self.record_past else 0
-        self._write_conv(full[:, :, full.shape[2] - (kernel_size - 1 + unconfirmed) :])
+        kept = min(kernel_size - 1 + self._unconfirmed_after(states.shape[2]), full.shape[2])
+        self._write_conv(full[:, :, full.shape[2] - kept :])
         return full[:, :, full.shape[2] - states.shape[2] - kernel_size + 1 :]
+
+    def _unconfirmed_after(self, length: int) -> int:
+        return min(self.unconfirmed + length, MAX_ROLLBACK) if self.record_past else 0
 
     # What generate() asks of a layer.
 
@@ -152,7 +158,7 @@ class KermitCacheLayer(CacheLayerMixin):
         return -1
 
     def activate_past_recording(self) -> None:
-        """From now on tokens stay exact until `crop` confirms them, so that it can take them back."""
+        """From now on the last tokens, 1,024 at most, stay exact until `crop` confirms them, so that it can take them back."""
         self.record_past = True
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -374,7 +380,9 @@ def _mark_static(*tensors: torch.Tensor) -> None:
 
 def _append(past: torch.Tensor, new: torch.Tensor, num_pad: torch.Tensor | None, dim: int) -> torch.Tensor:
     """Joins along `dim`; where a row of `new` begins with padding, its past moves up so that real tokens stay adjacent."""
+    # The cache keeps the precision it began with, also when autocast begins or ends.
     past = past.to(new.device)
+    new = new.to(past.dtype)
     joined = new if past.shape[dim] == 0 else torch.cat([past, new], dim)
     if num_pad is None or past.shape[dim] == 0:
         return joined
@@ -388,7 +396,7 @@ def _read_sinks(
 ) -> torch.Tensor:
     """The first tokens of each row: from the slots while they are there, else as stored, zeros where yet to come."""
     count, slots = stored.shape[2], tokens.shape[2]
-    if count == 0:
+    if count == 0 or (isinstance(first_real, int) and first_real + count <= 0):
         return stored
     stored = stored.to(tokens.device)
     if isinstance(first_real, torch.Tensor):

@@ -85,7 +85,7 @@ class KermitConfig(PreTrainedConfig):
     num_key_value_heads: int | None = None
     head_dim: int | None = None
     hidden_act: str = "silu"
-    max_position_embeddings: int = 2048
+    max_position_embeddings: int = 131072
     initializer_range: float = 0.02
     rms_norm_eps: float = 1e-6
     use_cache: bool = True
@@ -96,7 +96,7 @@ class KermitConfig(PreTrainedConfig):
     rope_parameters: RopeParameters | dict | None = None
     attention_bias: bool = False
     attention_output_bias: bool | None = None
-    attention_dropout: int | float | None = 0.0
+    attention_dropout: int | float = 0.0
     mlp_bias: bool = False
     use_qk_norm: bool = False
     window_size: int = 128
@@ -138,6 +138,8 @@ class KermitConfig(PreTrainedConfig):
         _multiple(self, "num_attention_heads", "num_key_value_heads")
         if self.head_dim < 2 or self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} cannot carry rotary positions; allowed are even numbers from 2")
+        if not 0 <= self.attention_dropout < 1:
+            raise ValueError(f"attention_dropout={self.attention_dropout} is no probability; allowed are 0 <= p < 1")
         for name in ("window_size", "num_sink_tokens", "conv_kernel_size"):
             _at_least(self, name, 0)
         if self.num_sink_tokens > self.window_size:
@@ -158,7 +160,7 @@ class KermitConfig(PreTrainedConfig):
         if self.update_rule == "additive" and not feature_map.is_positive:
             positive = ", ".join(sorted(name for name, cls in FEATURE_MAPS.items() if cls.is_positive))
             raise ValueError(
-                f"feature_map={self.feature_map!r} has negative features, by whose sum update_rule='additive' cannot divide; "
+                f"feature_map={self.feature_map!r} gives negative products, by whose sum update_rule='additive' cannot divide; "
                 f"allowed are {positive}, or update_rule='delta'"
             )
 

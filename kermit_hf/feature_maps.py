@@ -3,7 +3,8 @@
 A feature map is a module with one method for queries and one for keys. Both take (batch, heads, seq, head_dim) without
 positions and return features (batch, heads, seq, output_dim) in float32; queries come with a log scale (batch, heads,
 seq), or None for zero: phi(q) = features * exp(log_scale), which keeps large exponents out of the features. Maps whose
-features may be negative (`is_positive = False`) serve the delta rule only: the additive rule divides by their sum.
+products phi(q) . phi(k) may be negative (`is_positive = False`) serve the delta rule only: the additive rule divides by
+their sum.
 `feature_dim` sets the size; each map states what it counts, None takes the map's default.
 
     @register_feature_map("mine")
@@ -118,19 +119,19 @@ class ReluFeatureMap(ElementwiseFeatureMap):
 
 @register_feature_map("silu_l2")
 class SiluL2FeatureMap(ElementwiseFeatureMap):
-    """silu(x) / |silu(x)|, the map of DeltaNet (Yang et al. 2024, arXiv 2406.06484, section 3.3). Signed, so for the
-    delta rule only."""
+    """silu(x), of unit length by the delta rule's `unit_norm`: the map of DeltaNet (Yang et al. 2024, arXiv 2406.06484).
+    Signed, so for the delta rule only."""
 
     is_positive = False
 
     def features(self, tensor):
-        return F.normalize(F.silu(tensor), dim=-1, eps=1e-6)
+        return F.silu(tensor)
 
 
 @register_feature_map("dpfp")
 class DpfpFeatureMap(ElementwiseFeatureMap):
-    """Deterministic parameter-free projection (Schlag et al. 2021, arXiv 2102.11174, eq. 37): with r = relu([x, -x]), the
-    products r_i r_{i+s} for s = 1 ... nu. `feature_dim` = 2 head_dim nu; default nu = 3."""
+    """Deterministic parameter-free projection (Schlag et al. 2021, arXiv 2102.11174): with r = relu([x, -x]), the
+    products r_i r_{i-s} for s = 1 ... nu, plus 1e-6. `feature_dim` = 2 head_dim nu; default nu = 3."""
 
     @classmethod
     def validate(cls, head_dim, feature_dim):
@@ -258,7 +259,7 @@ class TaylorFeatureMap(FeatureMap):
 
 @register_feature_map("hedgehog")
 class HedgehogFeatureMap(FeatureMap):
-    """Learned softmax features (Zhang et al. 2024, arXiv 2402.04347, eq. 5 and section 4.2): phi(x) = [softmax(W x),
+    """Learned softmax features (Hedgehog, Zhang et al. 2024, arXiv 2402.04347): phi(x) = [softmax(W x),
     softmax(-W x)], one W per head of q and of k, starting as the identity. `feature_dim` = rows of W, default head_dim."""
 
     def __init__(self, head_dim, feature_dim, num_heads, num_key_value_heads):

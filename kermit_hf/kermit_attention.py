@@ -73,7 +73,7 @@ class FarReadout(NamedTuple):
     numerator: torch.Tensor
     denominator: torch.Tensor | None
     log_scale: torch.Tensor | None
-    empty: torch.Tensor
+    empty: torch.Tensor | None
     weights: torch.Tensor | None
 
 
@@ -278,9 +278,26 @@ def _apply(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
 
 def rotate(tensor: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotary position embedding (Su et al. 2021, arXiv 2104.09864, eq. 34), halves of a head as real and imaginary parts."""
-    first, second = tensor.chunk(2, -1)
-    cos, sin = (table[..., : first.shape[-1]].to(tensor.dtype) for table in (cos, sin))
-    return torch.cat([torch.addcmul(first * cos, second, -sin), torch.addcmul(second * cos, first, sin)], -1)
+    half = tensor.shape[-1] // 2
+    return _Rotate.apply(tensor, cos[..., :half].to(tensor.dtype), sin[..., :half].to(tensor.dtype))
+
+
+class _Rotate(torch.autograd.Function):
+    """A rotation's gradient is the rotation back: one pass, where autograd would take apart every step."""
+
+    @staticmethod
+    def forward(tensor, cos, sin):
+        first, second = tensor.chunk(2, -1)
+        return torch.cat([torch.addcmul(first * cos, second, -sin), torch.addcmul(second * cos, first, sin)], -1)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx, grad):
+        cos, sin = ctx.saved_tensors
+        return _Rotate.apply(grad, cos, -sin), None, None
 
 
 def _sinks(
@@ -295,11 +312,14 @@ def _sinks(
     distance = window_size - torch.arange(count, device=query.device)
     attention_scaling = (cos[:1].square() + sin[:1].square()).sqrt()
     scaling = scaling * attention_scaling
-    keys = rotate(slots.sink_keys, scaling * cos[distance], -scaling * sin[distance])
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    keys = rotate(slots.sink_keys.to(dtype), scaling * cos[distance], -scaling * sin[distance])
     groups = query.shape[1] // keys.shape[1]
-    logits = query @ keys.repeat_interleave(groups, 1).mT
-    hidden = _num_older(slots, query.shape[2], window_size)[..., None] <= torch.arange(count, device=query.device)
-    return Sinks(logits.float().masked_fill(hidden, float("-inf")), slots.sink_values)
+    logits = query.to(dtype) @ keys.repeat_interleave(groups, 1).mT
+    if not _all_have_older(slots, query.shape[2], window_size, count):
+        hidden = _num_older(slots, query.shape[2], window_size)[..., None] <= torch.arange(count, device=query.device)
+        logits = logits.masked_fill(hidden, float("-inf"))
+    return Sinks(logits, slots.sink_values)
 
 
 def _virtual_token(far: FarReadout, logit: torch.Tensor, norm: Callable | None) -> FarField:
@@ -311,7 +331,8 @@ def _virtual_token(far: FarReadout, logit: torch.Tensor, norm: Callable | None) 
         value, logit = far.numerator / denominator[..., None], logit + denominator.log()
     if far.log_scale is not None:
         logit = logit + far.log_scale
-    return FarField(value, logit.to(value.dtype).masked_fill(far.empty, float("-inf")))
+    logit = logit.to(value.dtype)
+    return FarField(value, logit if far.empty is None else logit.masked_fill(far.empty, float("-inf")))
 
 
 def _far_field(
@@ -360,7 +381,9 @@ def _far_field(
         pad_zeros(read.numerator[:, :, skip:], (0, 0, early, 0)),
         None if read.denominator is None else pad_zeros(read.denominator[:, :, skip:], (early, 0)),
         log_scale,
-        _num_older(slots, length, window_size) <= num_sinks,
+        None
+        if _all_have_older(slots, length, window_size, num_sinks + 1)
+        else _num_older(slots, length, window_size) <= num_sinks,
         pad_zeros(read.weights[:, :, skip:], (start, num_slots - end, early, 0)) if explicit else None,
     )
     return far, read.memory if keeps_all else memory
@@ -434,6 +457,12 @@ def _num_older(slots: Slots, length: int, window_size: int) -> torch.Tensor:
     num_slots = slots.keys.shape[2]
     index = torch.arange(num_slots - length, num_slots, device=slots.keys.device)
     return index - window_size - _column(slots.first_real) + 1
+
+
+def _all_have_older(slots: Slots, length: int, window_size: int, count: int) -> bool:
+    """Whether `count` tokens or more lie behind every query's window, as far as that is known without looking."""
+    first_query = slots.keys.shape[2] - length
+    return isinstance(slots.first_real, int) and first_query - window_size - slots.first_real + 1 >= count
 
 
 def _column(first_real: int | torch.Tensor) -> int | torch.Tensor:

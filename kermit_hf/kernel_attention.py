@@ -6,7 +6,7 @@ Notation, per head, with feature map phi applied beforehand by the caller (`quer
     delta      S_t = g_t (S_{t-1} - b_t k_t (k_t^T S_{t-1})) + b_t k_t v_t^T   numerator q_t^T S_t, no denominator
 
     additive, g = 1: linear attention (Katharopoulos et al. 2020, eq. 16-20); delta, g = 1: DeltaNet (Yang et al. 2024a,
-    arXiv 2406.06484, eq. 1); delta with g < 1: Gated DeltaNet (Yang et al. 2024b, arXiv 2412.06464, eq. 10).
+    arXiv 2406.06484); delta with g < 1: Gated DeltaNet (Yang et al. 2024b, arXiv 2412.06464, eq. 10).
 
 Each rule has three forms under one signature: `*_reference` builds the explicit (queries x keys) matrix of weights,
 `*_chunked` is linear in the length and made of matrix products, `*_step` is the recurrence above for one token.
@@ -97,7 +97,7 @@ def delta_reference(
     log_forget: torch.Tensor | None = None,
     memory: KernelMemory | None = None,
 ) -> KernelReadout:
-    """Delta rule as one triangular solve over the whole sequence. Shapes: see the module.
+    """Delta rule as one linear system over the whole sequence. Shapes: see the module.
 
     With u_t the correction that token t writes, u_t = b_t (v_t - g_t k_t^T S_{t-1}) and S_t = g_t S_{t-1} + k_t u_t^T,
     hence (I + A) u = b v - (what the initial memory predicts), A[i, j] = b_i (k_i . k_j) prod_{j < l <= i} g_l, j < i.

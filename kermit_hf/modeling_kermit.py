@@ -218,18 +218,18 @@ class KermitKernelAttention(KermitSoftmaxAttention):
         if cache is not None:
             cache.store(result.memory)
         output, weights = result.output, None
-        if self.training and slots.keys.shape[2] <= self.config.window_size:
-            output = output + self._unreached()
         if padding is not None:
             output = padding.restore(output, dim=2)
         if explicit:
             total = length if cache is None else int(past_key_values.get_seq_length(self.layer_idx))
             output, weights = _weigh_tokens(result, slots, total, padding)
+        if self.training and slots.keys.shape[2] <= self.config.window_size + self.config.num_sink_tokens:
+            output = output + self._unreached()
         return self.o_proj(output.to(hidden_states.dtype).transpose(1, 2).flatten(2)), weights
 
     def _unreached(self) -> torch.Tensor:
-        """Zero, made from the far field's parameters: a text no longer than the window does not reach them, but data
-        parallel training waits for a gradient of each."""
+        """Zero, made from the far field's parameters: a text no longer than window and sinks does not reach them, but
+        data parallel training waits for a gradient of each."""
         softmax = {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm", "conv_weight"}
         far = [tensor for name, tensor in self.named_parameters() if name.split(".")[0] not in softmax]
         return sum(tensor.flatten()[:1].sum() for tensor in far if tensor.requires_grad) * 0.0
@@ -238,7 +238,8 @@ class KermitKernelAttention(KermitSoftmaxAttention):
         """(batch, heads, seq), float32. Without a window the far field is all there is, and its logit has no meaning."""
         if self.config.window_size == 0:
             return query.new_zeros(query.shape[:3], dtype=torch.float32)
-        return (query @ self.far_query[..., None]).squeeze(-1).float() + self.far_bias[:, None].float()
+        query = query.to(torch.promote_types(query.dtype, torch.float32))
+        return (query @ self.far_query[..., None].to(query.dtype)).squeeze(-1) + self.far_bias[:, None]
 
     def _project(
         self, hidden_states: torch.Tensor, padding: Padding | None, cache
@@ -257,7 +258,7 @@ class KermitKernelAttention(KermitSoftmaxAttention):
             states = F.pad(states, (behind, taps - 1 - behind))
         if states.shape[2] == taps:
             # One token: a product and a sum cost a fifth of a convolution.
-            states = (states * self.conv_weight[:, 0]).sum(-1, keepdim=True)
+            states = (states.float() * self.conv_weight[:, 0].float()).sum(-1, keepdim=True).to(states.dtype)
         else:
             states = F.conv1d(states, self.conv_weight, groups=states.shape[1])
         states = states.transpose(1, 2)
@@ -374,8 +375,9 @@ class KermitPreTrainedModel(PreTrainedModel):
         except SafetensorError as error:
             folder = Path(str(pretrained_model_name_or_path))
             cut = [key for path in sorted(folder.glob("*.safetensors")) for key in incomplete_keys(path)]
+            which = f", which lacks {listed(cut)}" if cut else ""
             raise ValueError(
-                f"{folder} holds a damaged checkpoint ({error}), which lacks {listed(cut)}; copy or download it again"
+                f"{pretrained_model_name_or_path} holds a damaged checkpoint ({error}){which}; copy or download it again"
             ) from error
         if output_loading_info:
             return model, info
@@ -383,7 +385,7 @@ class KermitPreTrainedModel(PreTrainedModel):
         missing = sorted(key for key in info["missing_keys"] if key.startswith(body))
         if missing and pretrained_model_name_or_path is not None:
             raise ValueError(
-                f"{pretrained_model_name_or_path} is not a whole KERMIT checkpoint: it lacks {listed(missing)}; "
+                f"{pretrained_model_name_or_path} is not a whole KERMIT checkpoint of this config: it lacks {listed(missing)}; "
                 f"unused here are its {listed(sorted(info['unexpected_keys']))}"
             )
         return model
@@ -426,6 +428,8 @@ class KermitModel(KermitPreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
 
         length = inputs_embeds.shape[1]
+        if length == 0:
+            raise ValueError(f"input_ids has shape {tuple(inputs_embeds.shape[:2])}; allowed are one token or more")
         if position_ids is None:
             past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(length, device=inputs_embeds.device) + past_length).unsqueeze(0)
@@ -494,7 +498,7 @@ class KermitModel(KermitPreTrainedModel):
                 layer.bind(**settings)
 
     def _kernel_positions(self, length: int, past_key_values: Cache | None) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Cosine and sine of slot numbers, (slots, head_dim), in float32.
+        """Cosine and sine of slot numbers, (slots, head_dim).
 
         Kernel layers rotate by distance, which the window bounds, so positions do not grow with the text, and rope types
         that depend on the length take the window for it.
@@ -649,16 +653,19 @@ class KermitForSequenceClassification(KermitPreTrainedModel):
     def _pool(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
         """(batch, seq, hidden_size) -> (batch, hidden_size)"""
         if attention_mask is None:
-            return hidden_states[:, -1] if self.config.is_causal else hidden_states.mean(1)
+            return (
+                hidden_states[:, -1] if self.config.is_causal else hidden_states.float().mean(1).to(hidden_states.dtype)
+            )
         if isinstance(attention_mask, dict) or attention_mask.dim() != 2:
             raise ValueError("attention_mask: pooling needs the padding of each row; allowed is shape (batch, seq)")
-        real = (attention_mask[:, -hidden_states.shape[1] :] != 0).to(hidden_states.dtype)
+        real = (attention_mask[:, -hidden_states.shape[1] :] != 0).float()
         if self.config.is_causal:
             index = torch.arange(real.shape[1], device=real.device)
             last = (index * real.to(index.dtype)).argmax(-1)
             return hidden_states[torch.arange(len(last), device=last.device), last]
-        total = (hidden_states * real[..., None]).sum(1)
-        return total / real.sum(1, keepdim=True).clamp(min=1)
+        # A long text's sum does not fit half precision.
+        total = (hidden_states.float() * real[..., None]).sum(1)
+        return (total / real.sum(1, keepdim=True).clamp(min=1)).to(hidden_states.dtype)
 
 
 @auto_docstring

@@ -54,7 +54,9 @@ class Padding(NamedTuple):
     ) -> "Padding | None":
         """What kernel layers need to know of any mask that transformers passes: None, 2D, 4D or a dict of those by layer
         type. Raises `ValueError` for masks of another shape or purpose, and for positions that do not count tokens."""
-        mask = attention_mask.get(layer_type) if isinstance(attention_mask, dict) else attention_mask
+        if isinstance(attention_mask, dict) and layer_type not in attention_mask:
+            raise ValueError(f"attention_mask has keys {sorted(attention_mask)}; {layer_type!r} must be one of them")
+        mask = attention_mask[layer_type] if isinstance(attention_mask, dict) else attention_mask
         compiling = torch.compiler.is_compiling()
         if mask is not None and mask.dim() == 4:
             mask = _padding_of_4d_mask(mask, length, is_causal)
@@ -64,7 +66,7 @@ class Padding(NamedTuple):
             or mask.shape[0] != batch
             or mask.shape[1] < length
             # A static cache comes with masks as long as itself.
-            or (type(attention_mask) is not dict and not compiling and mask.shape[1] > past_length + length)
+            or (mask is attention_mask and not compiling and mask.shape[1] not in (length, past_length + length))
         ):
             raise ValueError(
                 f"attention_mask has shape {tuple(mask.shape)}; allowed are (batch, past + seq) = "
@@ -84,7 +86,7 @@ class Padding(NamedTuple):
 
 def _padding_of_4d_mask(mask: torch.Tensor, length: int, is_causal: bool) -> torch.Tensor:
     """The (batch, keys) padding in a (batch, 1, seq, keys) mask; `ValueError` if it hides anything else."""
-    visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    visible = mask > torch.finfo(mask.dtype).min / 2 if mask.is_floating_point() else mask != 0
     real = visible[:, :, -1:].any(1, keepdim=True)
     allowed = real.expand_as(visible)
     if is_causal:

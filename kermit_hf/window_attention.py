@@ -305,6 +305,8 @@ def _softmax_attention(
 ) -> torch.Tensor:
     """Everything lies inside the window: ordinary attention, left to torch's kernel."""
     length, slots = query.shape[2], key.shape[2]
+    dtype = torch.promote_types(query.dtype, key.dtype)
+    query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     mask, simple = None, isinstance(first_real, int) and first_real <= 0
     if not simple or (is_causal and 1 < length < slots):
         key_slots = torch.arange(slots, device=query.device)

@@ -1,10 +1,11 @@
 """What is timed for KERMIT: the attention alone, against softmax attention and transformers' own delta rule, and decoding."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
 from kermit_hf import FEATURE_MAPS, KermitConfig, KermitForCausalLM
 from kermit_hf.kermit_attention import Slots, kermit_attention
@@ -71,7 +72,8 @@ def attention_contenders(length: int, backward: bool) -> Iterator[tuple[str, Cal
                 with torch.no_grad():
                     return function(*states, **extra)
             inputs = [tensor.detach().requires_grad_() for tensor in states]
-            function(*inputs, **extra).sum().backward()
+            leaves = {name: tensor.detach().requires_grad_() for name, tensor in extra.items()}
+            function(*inputs, **leaves).sum().backward()
 
         return run
 
@@ -102,11 +104,12 @@ def time_attention(backward: bool, lengths: tuple[int, ...] = LENGTHS) -> Iterat
 
 
 def time_decoding(
-    contexts: tuple[int, ...] = (256, 1024, 4096, 16384, 32768), tokens: int = 8
+    contexts: tuple[int, ...] = (256, 1024, 4096, 16384, 32768), tokens: int = 4
 ) -> Iterator[list[Result]]:
-    """Seconds per generated token after `contexts` tokens: KERMIT and a Llama of the same body, both with DynamicCache.
+    """Seconds per generated token after `contexts` tokens, all of them in one interleaved run.
 
-    Llama's cache is filled with random keys and values: what they hold does not change the time.
+    KERMIT as `generate()` runs it by default and with a static cache and `torch.compile`; a Llama of the same body with
+    the default cache, filled with random keys and values: what they hold does not change the time.
     """
     body = {
         "vocab_size": 32000,
@@ -119,25 +122,37 @@ def time_decoding(
     torch.manual_seed(0)
     kermit = KermitForCausalLM(KermitConfig(**body, window_size=WINDOW)).eval()
     llama = LlamaForCausalLM(LlamaConfig(**body)).eval()
+    compiled = torch.compile(kermit, fullgraph=True)
     token = torch.tensor([[3]])
 
-    def decode(model, cache):
-        with torch.no_grad():
-            for _ in range(tokens):
-                model(token, past_key_values=cache, use_cache=True)
+    @torch.no_grad()
+    def decode(model, cache, context):
+        for index in range(tokens):
+            model(token, past_key_values=cache, use_cache=True, position_ids=torch.tensor([[context + index]]))
+        if model is llama:
+            cache.crop(-tokens)
 
+    contenders = {}
     for context in contexts:
-        kermit_cache, llama_cache = DynamicCache(config=kermit.config), DynamicCache(config=llama.config)
+        dynamic, static = DynamicCache(config=kermit.config), StaticCache(config=kermit.config, max_cache_len=65536)
+        prompt = torch.randint(3, body["vocab_size"], (1, context))
         with torch.no_grad():
-            kermit(torch.randint(3, 32000, (1, context)), past_key_values=kermit_cache, logits_to_keep=1)
+            for cache in (dynamic, static):
+                kermit(prompt, past_key_values=cache, logits_to_keep=1)
+        grown = DynamicCache(config=llama.config)
         for layer in range(body["num_hidden_layers"]):
             states = torch.randn(1, HEADS, context, HEAD_DIM)
-            llama_cache.update(states, states, layer)
-        contenders = {
-            "KERMIT": lambda cache=kermit_cache: decode(kermit, cache),
-            "Llama": lambda cache=llama_cache: decode(llama, cache),
-        }
-        results = compare(contenders, context, max_rounds=5, budget=15.0)
-        for result in results:
-            result.seconds /= tokens
-        yield results
+            grown.update(states, states, layer)
+        for name, model, cache in (
+            ("KERMIT", kermit, dynamic),
+            ("KERMIT, static cache, compiled", compiled, static),
+            ("Llama", llama, grown),
+        ):
+            contenders[f"{name}@{context}"] = partial(decode, model, cache, context)
+    results = compare(contenders, 0, max_rounds=9, budget=40.0)
+    for result in results:
+        name, context = result.contender.split("@")
+        result.contender, result.length = name, int(context)
+        result.seconds /= tokens
+    for context in contexts:
+        yield [result for result in results if result.length == context]

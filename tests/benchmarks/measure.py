@@ -24,9 +24,9 @@ class Result:
 
 
 def compare(
-    contenders: dict[str, Callable[[], object]], length: int, max_rounds: int = 7, budget: float = 20.0
+    contenders: dict[str, Callable[[], object]], length: int, max_rounds: int = 7, budget: float = 30.0
 ) -> list[Result]:
-    """Times all contenders in turn until `max_rounds` rounds or `budget` seconds are spent, at least two rounds.
+    """Times all contenders in turn until `max_rounds` rounds or `budget` seconds are spent, at least three rounds.
 
     The first run of each, not counted, warms up and measures memory.
     """
@@ -34,7 +34,7 @@ def compare(
     times: dict[str, list[float]] = {name: [] for name in contenders}
     start = time.perf_counter()
     for done in range(max_rounds):
-        if done >= 2 and time.perf_counter() - start > budget:
+        if done >= 3 and time.perf_counter() - start > budget:
             break
         for name, run in contenders.items():
             before = time.perf_counter()
