@@ -638,3 +638,37 @@ class TestSize:
         model = tiny_model("delta", head=KermitForCausalLM).train()
         output = model(tokens(1, 30), use_cache=False, labels=tokens(1, 30))
         assert output.past_key_values is None
+
+
+def test_autocast_may_begin_and_end_while_a_cache_is_in_use():
+    """The cache keeps its precision, and texts inside the window, tokens one by one and longer chunks all go on."""
+    model = tiny_model("delta", window_size=64)
+    input_ids = tokens(1, 40)
+    expected = model(input_ids, use_cache=False).logits
+    cache = DynamicCache(config=model.config)
+    outputs = [model(input_ids[:, :10], past_key_values=cache).logits]
+    dtype = cache.layers[0].keys.dtype
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs += [model(piece, past_key_values=cache).logits for piece in input_ids[:, 10:].split([1, 9, 1, 19], 1)]
+    assert cache.layers[0].keys.dtype == dtype
+    error = (torch.cat([output.float() for output in outputs], 1) - expected).norm() / expected.norm()
+    assert error < 5e-2  # bfloat16 has eight bits
+
+
+def test_a_cache_that_records_but_is_never_cropped_stays_bounded(monkeypatch):
+    """Assisted generation leaves a cache recording; plain generation that goes on with it must not fill the memory."""
+    monkeypatch.setattr("kermit_hf.cache_kermit.MAX_ROLLBACK", 20)
+    model = tiny_model("delta")
+    input_ids = tokens(1, 150)
+    expected = model(input_ids, use_cache=False).logits
+    cache = DynamicCache(config=model.config)
+    cache.activate_past_recording()
+    with torch.no_grad():
+        output = feed(model, cache, input_ids, [30] + [1] * 120)
+    torch.testing.assert_close(output, expected, **CLOSE)
+    layer = cache.layers[0]
+    assert layer.keys.shape[2] <= model.config.window_size + 20 + 1
+    assert layer.conv_tail.shape[2] <= model.config.conv_kernel_size - 1 + 20
+    cache.crop(-20)
+    with pytest.raises(RuntimeError, match="taken back"):
+        cache.crop(-1)

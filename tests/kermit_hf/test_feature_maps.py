@@ -56,10 +56,12 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float 
 )
 def test_elementwise_maps_are_their_formula(name, formula):
     x = heads()
-    features, log_scale = make(name).forward_queries(x)
+    feature_map = make(name)
+    feature_map.unit_norm = name == "silu_l2"  # as the delta rule, its only use, sets it
+    features, log_scale = feature_map.map_queries(x)
     assert log_scale is None
     assert_close(features, formula(x))
-    assert_close(make(name).forward_keys(x), formula(x))
+    assert_close(feature_map.map_keys(x), formula(x))
 
 
 @pytest.mark.parametrize("nu", [1, 2, 3, 5])
@@ -342,7 +344,10 @@ def test_a_name_cannot_be_taken_twice(registry):
         ({"feature_map": "hedgehog", "feature_dim": -1}, r"feature_dim=-1 .* from 1"),
         ({"feature_map": "taylor", "feature_dim": 9}, r"feature_dim=9 .* 1 \.\.\. head_dim=8"),
         ({"feature_map": "taylor", "feature_dim": 0}, r"feature_dim=0 .* from 1"),
-        ({"feature_map": "silu_l2", "update_rule": "additive"}, r"'silu_l2' has negative features.*allowed are .*elu"),
+        (
+            {"feature_map": "silu_l2", "update_rule": "additive"},
+            r"'silu_l2' gives negative products.*allowed are .*elu",
+        ),
     ],
 )
 def test_bad_settings_name_the_field_its_value_and_what_is_allowed(changes, message):

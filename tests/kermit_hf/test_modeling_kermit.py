@@ -642,3 +642,35 @@ class TestPrecision:
 
 def _end_of_entry(item: tuple[str, dict]) -> int:
     return item[1].get("data_offsets", [0, 0])[1]
+
+
+def test_a_long_text_is_averaged_in_float32():
+    """Its sum does not fit into half precision."""
+    model = tiny_model("delta", head=KermitForSequenceClassification, is_causal=False).half()
+    states = torch.full((1, 40_000, model.config.hidden_size), 2.0, dtype=torch.float16)
+    for mask in (None, torch.ones(1, 40_000)):
+        torch.testing.assert_close(model._pool(states, mask), states[:, 0])
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"input_ids": torch.zeros(1, 0, dtype=torch.long)}, "one token or more"),
+        ({"input_ids": tokens(2, 6), "attention_mask": torch.ones(2, 9)}, "attention_mask has shape"),
+        ({"input_ids": tokens(2, 6), "attention_mask": {"full_attention": None}}, "kernel_attention"),
+    ],
+)
+def test_inputs_that_make_no_sense(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_model("delta")(**arguments)
+
+
+def test_an_integer_4d_mask():
+    model, input_ids = tiny_model("delta"), tokens(1, 12)
+    mask = torch.ones(1, 1, 12, 12, dtype=torch.long).tril()
+    torch.testing.assert_close(model(input_ids, attention_mask=mask).logits, model(input_ids).logits)
+
+
+def test_an_impossible_dropout():
+    with pytest.raises(ValueError, match=r"attention_dropout=1.5"):
+        tiny_config("delta", attention_dropout=1.5)

@@ -359,11 +359,13 @@ def test_a_gradient_step_lowers_the_loss_of_every_setting():
         assert model(input_ids, labels=input_ids).loss < before, setting
 
 
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("length", [5, 8, 9, 11])
 @pytest.mark.parametrize("rule", ["delta", "additive"])
-def test_texts_shorter_than_the_window_give_every_parameter_a_gradient(rule):
+def test_texts_that_fit_into_window_and_sinks_give_every_parameter_a_gradient(rule, length, implementation):
     """Data parallel training waits for all of them; those of the far field, which such texts do not reach, are zero."""
-    model = tiny_model(update_rule=rule, window_size=64, num_sink_tokens=2).train()
-    tokens = torch.randint(1, model.config.vocab_size, (2, 20))
+    model = tiny_model(implementation=implementation, update_rule=rule, window_size=8, num_sink_tokens=3).train()
+    tokens = torch.randint(1, model.config.vocab_size, (2, length))
     model(input_ids=tokens, labels=tokens).loss.backward()
     missing = [name for name, tensor in model.named_parameters() if tensor.grad is None]
     assert missing == []
