@@ -1,5 +1,6 @@
 """Tiny models and inputs of the encoder's tests."""
 
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -55,7 +56,9 @@ def distributed_gradients(rank: int, folder: Path, world_size: int) -> None:
     """One process of a data-parallel step on `folder`/inputs.pt; the first process saves its gradients."""
     torch.set_num_threads(1)
     rendezvous = f"file://{folder / 'rendezvous'}"
-    torch.distributed.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world_size)
+    torch.distributed.init_process_group(
+        "gloo", init_method=rendezvous, rank=rank, world_size=world_size, timeout=timedelta(seconds=120)
+    )
     config, weights, inputs = torch.load(folder / "inputs.pt", weights_only=False)
     model = NystromformerHFForMaskedLM(config)
     model.load_state_dict(weights)
@@ -64,4 +67,6 @@ def distributed_gradients(rank: int, folder: Path, world_size: int) -> None:
     parallel(**share).loss.backward()
     if rank == 0:
         torch.save({name: parameter.grad for name, parameter in model.named_parameters()}, folder / "gradients.pt")
+    # The first to leave would take the rendezvous with it.
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()

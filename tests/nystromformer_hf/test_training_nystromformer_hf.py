@@ -183,6 +183,7 @@ def test_every_parameter_learns():
         assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.any(), name
 
 
+@pytest.mark.slow
 def test_data_parallel_gradients_are_those_of_the_whole_batch(tmp_path):
     """Two gloo processes, each with rows of its own lengths and padding sides."""
     config = tiny_config(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
