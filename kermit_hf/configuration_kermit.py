@@ -7,9 +7,9 @@ from transformers.modeling_rope_utils import RopeParameters
 
 from .cache_kermit import LAYER_TYPE
 from .feature_maps import FEATURE_MAPS
+from .kermit_attention import UPDATE_RULES
 
 
-UPDATE_RULES = ("additive", "delta")
 LAYER_TYPES = (LAYER_TYPE, "full_attention", "sliding_attention")
 
 # The Trainer reads a checkpoint's config as a plain `PreTrainedConfig` before it resumes.
