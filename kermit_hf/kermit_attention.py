@@ -7,6 +7,7 @@ and before, from the memory. The far field is therefore ordinary causal kernel a
 
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -158,24 +159,18 @@ def _in_segments(
     """The same attention, one segment after the other: each starts from the memory and the window that the last one left."""
     tokens = {"keys": slots.keys, "values": slots.values, **slots.gates}
     queries, logits = query.split(segment, 2), far_logit.split(segment, 2)
-    parts = None
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tokens.values()):
-        # The gradient of each slice would be as large as the whole sequence; `split` has one for all its parts.
-        past = slots.keys.shape[2] - query.shape[2]
-        sizes = [past] + [part.shape[2] for part in queries]
-        parts = {name: list(tensor.split(sizes, 2)) for name, tensor in tokens.items()}
-    start, stop = 0, slots.keys.shape[2] - query.shape[2]
+    # Where each segment ends and where the next one's window, which reaches back into it, starts. Pieces between these
+    # borders, not slices: the gradient of each slice would be as large as the whole sequence.
+    past, num_slots = slots.keys.shape[2] - query.shape[2], slots.keys.shape[2]
+    ends = [*range(past + segment, num_slots, segment), num_slots]
+    starts = [0] + [max(end - window_size, 0) for end in ends]
+    borders = sorted({0, num_slots, *starts, *ends})
+    sizes = [end - start for start, end in pairwise(borders)]
+    pieces = {name: dict(zip(borders, tensor.split(sizes, 2), strict=False)) for name, tensor in tokens.items()}
     memory, outputs = slots.memory, []
-    for segment_query, segment_logit in zip(queries, logits, strict=True):
-        stop += segment_query.shape[2]
-        if parts is None:
-            near = {name: tensor[:, :, start:stop] for name, tensor in tokens.items()}
-        else:
-            near = {name: _join(part.pop(0), part[0]) for name, part in parts.items()}
-        leaving = max(stop - start - window_size, 0)
-        if parts is not None:
-            for name, part in parts.items():
-                part[0] = near[name][:, :, leaving:]
+    for segment_query, segment_logit, start, end in zip(queries, logits, starts, ends, strict=False):
+        inside = [border for border in borders if start <= border < end]
+        near = {name: _join([parts[border] for border in inside]) for name, parts in pieces.items()}
         segment_slots = slots._replace(
             keys=near.pop("keys"),
             values=near.pop("values"),
@@ -187,12 +182,11 @@ def _in_segments(
         result = attend(segment_query, segment_slots, rotary, segment_logit)
         memory = result.memory
         outputs.append(result.output)
-        start += leaving
     return KermitAttentionOutput(torch.cat(outputs, 2), memory)
 
 
-def _join(tail: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    return torch.cat([tail, tokens], 2) if tail.shape[2] else tokens
+def _join(pieces: list[torch.Tensor]) -> torch.Tensor:
+    return torch.cat(pieces, 2) if len(pieces) > 1 else pieces[0]
 
 
 def _attend(
@@ -287,8 +281,11 @@ class _Rotate(torch.autograd.Function):
 
     @staticmethod
     def forward(tensor, cos, sin):
-        first, second = tensor.chunk(2, -1)
-        return torch.cat([torch.addcmul(first * cos, second, -sin), torch.addcmul(second * cos, first, sin)], -1)
+        half = cos.shape[-1]
+        rotated = tensor * torch.cat([cos, cos], -1)
+        rotated[..., :half].addcmul_(tensor[..., half:], sin, value=-1)
+        rotated[..., half:].addcmul_(tensor[..., :half], sin)
+        return rotated
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -328,7 +325,8 @@ def _virtual_token(far: FarReadout, logit: torch.Tensor, norm: Callable | None) 
         value = norm(far.numerator)
     else:
         denominator = _positive(far.denominator)
-        value, logit = far.numerator / denominator[..., None], logit + denominator.log()
+        # Not divided by: the gradient of a division takes twice as many passes over the numerator.
+        value, logit = far.numerator * denominator.reciprocal()[..., None], logit + denominator.log()
     if far.log_scale is not None:
         logit = logit + far.log_scale
     logit = logit.to(value.dtype)
@@ -437,9 +435,11 @@ def _far_both_ways(
 
 def _far_tokens(slots: Slots, start: int, end: int, map_keys: Callable) -> dict[str, torch.Tensor]:
     """Slots start ... end as arguments of a rule; padding and sinks become tokens that leave the memory as it is."""
-    key = map_keys(slots.keys[:, :, start:end])
-    tokens = {"key": key, "value": slots.values[:, :, start:end]}
-    tokens |= {name: gate[:, :, start:end] for name, gate in slots.gates.items()}
+    # `split`, because its gradient writes what it fills with zeros once, and that of a slice twice.
+    sizes = [start, end - start, slots.keys.shape[2] - end]
+    tokens = {"key": slots.keys, "value": slots.values, **slots.gates}
+    tokens = {name: tensor.split(sizes, 2)[1] for name, tensor in tokens.items()}
+    key = tokens["key"] = map_keys(tokens["key"])
     first = slots.first_real + slots.sink_keys.shape[2]
     if isinstance(first, int) and first <= start:
         return tokens

@@ -145,27 +145,59 @@ def additive_chunked(
     # Chunks enter several products each, all of which want them contiguous.
     key, value = _chunk(key, chunk_size), _chunk(value, chunk_size).contiguous()
 
-    weights = queries @ key.mT
     if log_forget is None:
-        weights = _mask_future(weights, chunk_size)
-        from_memory, decayed_key, decay_all = queries, key, None
+        numerator, denominator, *last = _AdditiveChunks.apply(queries, key, value, *memory)
     else:
         decay, decay_in, decay_out, decay_all = _decays(_chunk(log_forget, chunk_size), key)
+        weights = queries @ key.mT
         weights = _repeat_rows(decay, weights.shape[-2]) * weights
         from_memory = _repeat_rows(decay_in[..., None], queries.shape[-2]) * queries
         decayed_key = key * decay_out[..., None]
-
-    matrices, last_matrix = _carry(decayed_key.mT @ value, decay_all, memory.matrix)
-    normalizers, last_normalizer = _carry(decayed_key.sum(-2), decay_all, memory.normalizer)
-    numerator = torch.baddbmm(
-        (weights @ value).flatten(0, 2), from_memory.flatten(0, 2), matrices.flatten(0, 2)
-    ).unflatten(0, weights.shape[:3])
-    denominator = weights.sum(-1, keepdim=True) + from_memory @ normalizers[..., None]
+        matrices, last_matrix = _carry(decayed_key.mT @ value, decay_all, memory.matrix)
+        normalizers, last_normalizer = _carry(decayed_key.sum(-2), decay_all, memory.normalizer)
+        numerator = _sum_of_products(weights, value, from_memory, matrices)
+        denominator = weights.sum(-1, keepdim=True) + from_memory @ normalizers[..., None]
+        last = last_matrix, last_normalizer
     return KernelReadout(
         _unchunk_queries(numerator, chunk_size, length),
         _unchunk_queries(denominator, chunk_size, length).squeeze(-1),
-        KernelMemory(last_matrix, last_normalizer),
+        KernelMemory(*last),
     )
+
+
+class _AdditiveChunks(torch.autograd.Function):
+    """The additive rule without forgetting, in chunks. Its backward pass is written out: it sums products inside the
+    matrix multiplication, where autograd would write each of them to memory and add them up afterwards.
+
+    Takes queries (batch, kv_heads, chunks, groups * chunk_size, feature_dim), key (..., chunk_size, feature_dim), value
+    (..., chunk_size, head_dim) and the initial memory. Returns numerator, denominator (..., 1) and the last memory.
+    """
+
+    @staticmethod
+    def forward(ctx, queries, key, value, matrix, normalizer):
+        weights = _mask_future(queries @ key.mT, key.shape[-2])
+        matrices, last_matrix = _running_sums(key.mT @ value, matrix)
+        normalizers, last_normalizer = _running_sums(key.sum(-2), normalizer)
+        ctx.save_for_backward(queries, key, value, weights, matrices, normalizers)
+        numerator = _sum_of_products(weights, value, queries, matrices)
+        denominator = weights.sum(-1, keepdim=True) + queries @ normalizers[..., None]
+        return numerator, denominator, last_matrix, last_normalizer
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_numerator, grad_denominator, grad_matrix, grad_normalizer):
+        queries, key, value, weights, matrices, normalizers = ctx.saved_tensors
+        grad_weights = _mask_future((grad_numerator @ value.mT).add_(grad_denominator), key.shape[-2])
+        grad_queries = _sum_of_products(grad_weights, key, grad_numerator, matrices.mT)
+        grad_queries.addcmul_(grad_denominator, normalizers[..., None, :])
+        # What later chunks read, summed from the last chunk on.
+        grad_matrices, grad_matrix = _running_sums(queries.mT @ grad_numerator, grad_matrix, backwards=True)
+        read = (queries.mT @ grad_denominator).squeeze(-1)
+        grad_normalizers, grad_normalizer = _running_sums(read, grad_normalizer, backwards=True)
+        grad_key = _sum_of_products(grad_weights.mT, queries, value, grad_matrices.mT)
+        grad_key += grad_normalizers[..., None, :]
+        grad_value = _sum_of_products(weights.mT, grad_numerator, key, grad_matrices)
+        return grad_queries, grad_key, grad_value, grad_matrix, grad_normalizer
 
 
 def delta_chunked(
@@ -225,9 +257,7 @@ def delta_chunked(
         matrix = carried + chunk_key @ written[-1]
     matrices, written = torch.stack(matrices, 2), torch.stack(written, 2)
 
-    numerator = torch.baddbmm(
-        (weights @ written).flatten(0, 2), from_memory.flatten(0, 2), matrices.flatten(0, 2)
-    ).unflatten(0, weights.shape[:3])
+    numerator = _sum_of_products(weights, written, from_memory, matrices)
     return KernelReadout(_unchunk_queries(numerator, chunk_size, length), None, KernelMemory(matrix))
 
 
@@ -335,6 +365,28 @@ def _repeat_rows(tensor: torch.Tensor, rows: int) -> torch.Tensor:
     """Repeats (..., chunk_size, dim) for each query head of a group, to match `_chunk_queries`."""
     groups = rows // tensor.shape[-2]
     return tensor if groups == 1 else tensor.repeat((1,) * (tensor.dim() - 2) + (groups, 1))
+
+
+def _sum_of_products(
+    left: torch.Tensor, right: torch.Tensor, more_left: torch.Tensor, more_right: torch.Tensor
+) -> torch.Tensor:
+    """left @ right + more_left @ more_right for (batch, kv_heads, chunks, ., .)."""
+    product = (left @ right).flatten(0, 2)
+    return product.baddbmm_(more_left.flatten(0, 2), more_right.flatten(0, 2)).unflatten(0, left.shape[:3])
+
+
+def _running_sums(
+    contributions: torch.Tensor, initial: torch.Tensor, backwards: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`_carry` without decay, and without a gradient; `backwards` from the last chunk to the first."""
+    before = torch.empty_like(contributions)
+    sums, terms = before.unbind(2), contributions.unbind(2)
+    if backwards:
+        sums, terms = sums[::-1], terms[::-1]
+    sums[0].copy_(initial)
+    for index in range(len(terms) - 1):
+        torch.add(sums[index], terms[index], out=sums[index + 1])
+    return before, sums[-1] + terms[-1]
 
 
 def _mask_future(weights: torch.Tensor, chunk_size: int) -> torch.Tensor:

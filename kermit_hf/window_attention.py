@@ -201,7 +201,7 @@ class _MergeFlash(torch.autograd.Function):
         parts = [near] + [part for part in (sink_logits, far_logit) if part is not None]
         if len(parts) > 1:
             total = torch.cat(parts, -1).logsumexp(-1, keepdim=True)
-            output = output * (near - total).exp()
+            output *= (near - total).exp()
             if sink_logits is not None:
                 output += (sink_logits - total).exp() @ sink_values[:, None]
             if far_logit is not None:
@@ -251,8 +251,9 @@ def _fold_windows(windows: torch.Tensor, slots: int) -> torch.Tensor:
     step = (slots - size) // max(blocks - 1, 1)
     if blocks == 1:
         return windows.squeeze(1)
-    folded = windows.new_zeros(rows, slots // step, step, dim)
-    for offset, part in enumerate(windows.unflatten(2, (-1, step)).unbind(2)):
+    first, *others = windows.unflatten(2, (-1, step)).unbind(2)
+    folded = torch.cat([first, first.new_zeros(rows, slots // step - blocks, step, dim)], 1)
+    for offset, part in enumerate(others, 1):
         folded[:, offset : offset + blocks] += part
     return folded.flatten(1, 2)
 

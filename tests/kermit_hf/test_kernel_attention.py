@@ -369,7 +369,7 @@ def test_extreme_gates_keep_their_precision(rule, form, gate):
 
 
 class Written(TorchDispatchMode):
-    """Hands everything that an operation computes, forward or backward, to `look`; views compute nothing."""
+    """Hands everything that an operation computes, forward or backward, to `look`; views and fresh memory compute nothing."""
 
     def __init__(self, look):
         super().__init__()
@@ -378,7 +378,8 @@ class Written(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         for tensor in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(tensor, torch.Tensor) and not function.is_view:
+            allocates = function.overloadpacket in (torch.ops.aten.empty, torch.ops.aten.empty_like)
+            if isinstance(tensor, torch.Tensor) and not function.is_view and not allocates:
                 self.look(function, tensor)
         return result
 
