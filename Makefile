@@ -8,17 +8,20 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet install --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help test demo conformance bench lint format clean
+.PHONY: help test demo demo-nystromformer conformance bench lint format clean
 
 help:  ## show this list
 	@echo "usage: make TARGET [ARGS='...']"
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 test: $(VENV)/.stamp-test  ## run the tests (ARGS go to pytest)
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow" $(ARGS)
 
 demo: $(VENV)/.stamp-demo  ## train, evaluate and generate with a small KERMIT (ARGS="--help" lists the options)
 	$(BIN)/python -m kermit_hf.quickstart $(ARGS)
+
+demo-nystromformer: $(VENV)/.stamp-demo  ## the same with a causal Nyströmformer, and a classifier of whole documents
+	$(BIN)/python -m nystromformer_hf.quickstart $(ARGS)
 
 conformance: $(VENV)/.stamp-conformance  ## run transformers' own common model tests on our classes (ARGS="--help")
 	$(BIN)/python -m tests.conformance $(ARGS)
