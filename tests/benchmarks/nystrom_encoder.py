@@ -43,6 +43,7 @@ def attention_cores(seq_len: int, batch: int = 1, backward: bool = False) -> dic
     """
     theirs_config, ours_config = _configs(seq_len)
     theirs, ours = NystromformerSelfAttention(theirs_config).eval(), NystromformerHFSelfAttention(ours_config).eval()
+    ours.load_state_dict(theirs.state_dict())  # also because fresh memory may hold denormal numbers, which are slow
     for attention in (theirs, ours):
         attention.query = attention.key = attention.value = nn.Identity()
     hidden = torch.randn(batch, seq_len, HEADS * HEAD_DIM, requires_grad=backward)
@@ -73,6 +74,7 @@ def encoder_layers(seq_len: int, batch: int = 1, backward: bool = False) -> dict
         "transformers": NystromformerLayer(theirs_config),
         "BERT (SDPA)": BertLayer(bert),
     }
+    layers["ours"].load_state_dict(layers["transformers"].state_dict())
     hidden = torch.randn(batch, seq_len, HEADS * HEAD_DIM, requires_grad=backward)
     return {name: _run(layer.eval(), hidden, backward) for name, layer in layers.items()}
 

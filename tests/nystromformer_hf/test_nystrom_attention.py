@@ -120,7 +120,7 @@ def test_error_falls_as_landmarks_grow():
 def test_weights_sum_to_one_as_closely_as_the_inverse_allows():
     query, key, value = draw(2, 60)
     _, weights = na.nystrom_attention_eager(query, key, value, 12)
-    landmarks = na.choose_landmarks(query, key, 12)
+    *_, landmarks = na.choose_landmarks(query, key, 12)
     middle = na._softmax_scores(landmarks.query, landmarks.key)
     residual = (landmarks.inverse @ middle).sum(-1).sub(1).abs().amax()
     assert weights.sum(-1).sub(1).abs().amax() <= residual + 1e-12
@@ -261,6 +261,31 @@ def test_convolution_of_any_size(kernel_size, seq_len):
         expected = oracle.convolution(value[row, :, :length].numpy(), weight[:, 0, :, 0].numpy())
         np.testing.assert_allclose(output[row, :, :length].numpy(), expected, atol=1e-12)
     torch.testing.assert_close(na.value_convolution(value, weight)[1], output[1])
+
+
+@pytest.mark.parametrize("kernel_size", [1, 4, 5, 40, 65])
+@pytest.mark.parametrize("seq_len", [1, 31, 32, 70])
+def test_convolution_has_the_gradient_of_torchs_own(kernel_size, seq_len):
+    """Against `conv2d` and autograd, around the borders of blocks, with a residual; float64, so 1e-11 is rounding."""
+    value, residual, upstream = (x.requires_grad_() for x in draw(2, seq_len))
+    weight = torch.randn(3, 1, kernel_size, 1, dtype=torch.float64, requires_grad=True)
+    padded = F.pad(value, (0, 0, kernel_size // 2, (kernel_size - 1) // 2))
+    expected = residual + F.conv2d(padded, weight, groups=3)
+    actual = na.value_convolution(value, weight, residual=residual)
+    torch.testing.assert_close(actual, expected, atol=1e-11, rtol=0)
+    inputs = (value, weight, residual)
+    for ours, theirs in zip(*(torch.autograd.grad(x, inputs, upstream) for x in (actual, expected)), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-11, rtol=1e-11)
+
+
+def test_means_and_states_share_their_gradient():
+    """Whoever uses both, one of them or neither: the gradient is that of a mean and of the states themselves."""
+    for uses_states, uses_means in ((1, 1), (1, 0), (0, 1)):
+        states = draw(2, 12)[0].requires_grad_()
+        joined, means = na._SegmentMeans.apply(states, 4)
+        result = uses_states * joined.square().sum() + uses_means * means.exp().sum()
+        plain = uses_states * states.square().sum() + uses_means * states.unflatten(2, (4, 3)).mean(3).exp().sum()
+        torch.testing.assert_close(torch.autograd.grad(result, states), torch.autograd.grad(plain, states))
 
 
 @pytest.mark.parametrize("inspect", [True, False])
