@@ -1,11 +1,9 @@
 """KERMIT: a Llama-shaped decoder with a window of exact attention and a kernel memory of constant size behind it."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
@@ -39,7 +37,7 @@ from transformers.utils.generic import maybe_autocast, merge_with_config_default
 from transformers.utils.output_capturing import capture_outputs
 
 from .cache_kermit import LAYER_TYPE
-from .checkpoints import incomplete_keys, listed
+from .checkpoints import load_whole
 from .configuration_kermit import KermitConfig
 from .feature_maps import FEATURE_MAPS, FeatureMap
 from .kermit_attention import KermitAttentionOutput, Slots, first_tokens, kermit_attention
@@ -364,31 +362,9 @@ class KermitPreTrainedModel(PreTrainedModel):
         super().save_pretrained(*args, **kwargs)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
-        """As transformers loads, but where it only warns that weights of the body are missing, raises `ValueError` naming
-        them: the file is damaged or of another architecture. A missing head is what fine-tuning starts from. With
-        `output_loading_info` the missing keys are returned instead."""
-        try:
-            model, info = super().from_pretrained(
-                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
-            )
-        except SafetensorError as error:
-            folder = Path(str(pretrained_model_name_or_path))
-            cut = [key for path in sorted(folder.glob("*.safetensors")) for key in incomplete_keys(path)]
-            which = f", which lacks {listed(cut)}" if cut else ""
-            raise ValueError(
-                f"{pretrained_model_name_or_path} holds a damaged checkpoint ({error}){which}; copy or download it again"
-            ) from error
-        if output_loading_info:
-            return model, info
-        body = "" if model.base_model is model else f"{model.base_model_prefix}."
-        missing = sorted(key for key in info["missing_keys"] if key.startswith(body))
-        if missing and pretrained_model_name_or_path is not None:
-            raise ValueError(
-                f"{pretrained_model_name_or_path} is not a whole KERMIT checkpoint of this config: it lacks {listed(missing)}; "
-                f"unused here are its {listed(sorted(info['unexpected_keys']))}"
-            )
-        return model
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """As transformers loads, but raises `ValueError` where a file is damaged or of another architecture."""
+        return load_whole(super().from_pretrained, pretrained_model_name_or_path, *args, **kwargs)
 
 
 @auto_docstring

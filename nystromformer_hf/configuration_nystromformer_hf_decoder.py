@@ -1,10 +1,17 @@
 """Nyströmformer decoder configuration."""
 
 from huggingface_hub.dataclasses import strict
+from transformers import configuration_utils
+from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
 from .cache_nystromformer_hf_decoder import LAYER_TYPE
+
+
+# The Trainer resumes through the base class of all configs, which knows layer types from this list only.
+if LAYER_TYPE not in configuration_utils.ALLOWED_ATTN_LAYER_TYPES:
+    configuration_utils.ALLOWED_ATTN_LAYER_TYPES += (LAYER_TYPE,)
 
 
 @strict
@@ -75,7 +82,7 @@ class NystromformerHFDecoderConfig(PreTrainedConfig):
     rope_parameters: RopeParameters | dict | None = None
     attention_bias: bool = False
     attention_output_bias: bool | None = None
-    attention_dropout: int | float | None = 0.0
+    attention_dropout: int | float = 0.0
     mlp_bias: bool = False
     use_qk_norm: bool = False
     segment_size: int = 64
@@ -119,6 +126,10 @@ class NystromformerHFDecoderConfig(PreTrainedConfig):
         _multiple(self, "num_attention_heads", "num_key_value_heads")
         if self.head_dim < 2 or self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} cannot carry rotary positions; allowed are even numbers from 2")
+        if not 0 <= self.attention_dropout < 1:
+            raise ValueError(f"attention_dropout={self.attention_dropout} is no probability; allowed are 0 <= p < 1")
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"hidden_act={self.hidden_act!r} is unknown; allowed are {', '.join(sorted(ACT2FN))}")
         if self.conv_kernel_size is not None and self.conv_kernel_size < 2:
             raise ValueError(
                 f"conv_kernel_size={self.conv_kernel_size} mixes no tokens; allowed are None (off) and integers from 2"

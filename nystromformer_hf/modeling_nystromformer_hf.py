@@ -29,6 +29,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
 
+from .checkpoints import HUB_ARGUMENTS, load_whole
 from .configuration_nystromformer_hf import NystromformerHFConfig
 from .nystrom_attention import Padding, nystrom_attention, nystrom_attention_eager, read_padding, value_convolution
 
@@ -36,6 +37,8 @@ from .nystrom_attention import Padding, nystrom_attention, nystrom_attention_eag
 # The first two rows of the position table belong to no position, a habit inherited from RoBERTa.
 POSITION_OFFSET = 2
 
+# Weights that a BERT checkpoint lacks, which fine-tuning may start from.
+OWN_WEIGHTS = ("attention.self.conv.weight",)
 
 # The same function, in one kernel instead of eight.
 FUSED_ACTIVATIONS = {"gelu_new": "gelu_pytorch_tanh"}
@@ -235,6 +238,13 @@ class NystromformerHFPreTrainedModel(PreTrainedModel):
         super().save_pretrained(*args, **kwargs)
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """As transformers loads, but raises `ValueError` where a file is damaged or of another architecture."""
+        return load_whole(
+            super().from_pretrained, pretrained_model_name_or_path, *args, own_weights=OWN_WEIGHTS, **kwargs
+        )
+
+    @classmethod
     def from_nystromformer(cls, source: PreTrainedModel | PreTrainedConfig | str | os.PathLike, **kwargs) -> Self:
         """Take over a model of transformers' own Nyströmformer; its parameters have the same names.
 
@@ -254,10 +264,6 @@ class NystromformerHFPreTrainedModel(PreTrainedModel):
         where = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
         config, kwargs = cls.config_class.from_nystromformer(source, return_unused_kwargs=True, **kwargs)
         return cls.from_pretrained(source, config=config, **{**kwargs, **where})
-
-
-# Arguments of `from_pretrained` that both a configuration and its weights are looked up with.
-HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
 
 @auto_docstring

@@ -37,6 +37,7 @@ from .causal_nystrom_attention import (
     context_of_whole_text,
     take_slots,
 )
+from .checkpoints import load_whole
 from .configuration_nystromformer_hf_decoder import NystromformerHFDecoderConfig
 
 
@@ -168,6 +169,9 @@ class NystromformerHFDecoderAttention(nn.Module):
             output, weights = _weigh_tokens(result, past_tokens, total - length, padding)
         elif padding is not None:
             output = padding.restore(output, dim=2)
+        if self.training and regularization is not None and context.open_queries.shape[2] < self.config.segment_size:
+            # No landmark was formed, but data parallel training waits for a gradient of γ.
+            output = output + 0.0 * regularization.sum()
         if self.config.conv_kernel_size is not None:
             mixed = causal_convolution(context.values, self.conv_weight, context.start - context.first, length)
             output = output + (mixed if padding is None else padding.restore(mixed, dim=2))
@@ -250,22 +254,11 @@ class NystromformerHFDecoderPreTrainedModel(PreTrainedModel):
         super().save_pretrained(*args, **kwargs)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
-        """As transformers loads, but where it only warns that weights of the body are missing, raises `ValueError`: the
-        checkpoint is of another architecture. A missing head is what fine-tuning starts from, and so are γ and the
-        convolution, which may be switched on for a model trained without. With `output_loading_info` the missing keys are
-        returned instead."""
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
-        if output_loading_info:
-            return model, info
-        body = f"{model.base_model_prefix}." if model.base_model is not model else ""
-        missing = sorted(key for key in info["missing_keys"] if key.startswith(body) and not key.endswith(OWN_WEIGHTS))
-        if missing and pretrained_model_name_or_path is not None:
-            raise ValueError(
-                f"{pretrained_model_name_or_path} is not a whole checkpoint of {cls.__name__}: it lacks {len(missing)} tensors, "
-                f"among them {', '.join(missing[:10])}"
-            )
-        return model
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """As transformers loads, but raises `ValueError` where a file is damaged or of another architecture."""
+        return load_whole(
+            super().from_pretrained, pretrained_model_name_or_path, *args, own_weights=OWN_WEIGHTS, **kwargs
+        )
 
 
 @auto_docstring

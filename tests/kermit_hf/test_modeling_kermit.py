@@ -540,11 +540,20 @@ class TestSavingAndLoading:
         whole = path.read_bytes()
         path.write_bytes(whole[:-1000])
         last = max(json.loads(whole[8 : 8 + int.from_bytes(whole[:8], "little")]).items(), key=_end_of_entry)[0]
-        with pytest.raises(ValueError, match=re.escape(last)):
+        with pytest.raises(ValueError, match=rf"model\.safetensors lacks .*{re.escape(last)}"):
             KermitForCausalLM.from_pretrained(tmp_path)
         path.write_bytes(whole[:100])
-        with pytest.raises(ValueError, match="table of contents"):
+        with pytest.raises(ValueError, match=r"model\.safetensors lacks every key .*table of contents"):
             KermitForCausalLM.from_pretrained(tmp_path)
+
+    def test_a_truncated_file_of_several(self, tmp_path):
+        tiny_model().save_pretrained(tmp_path, max_shard_size="15KB")
+        shards = sorted(tmp_path.glob("*.safetensors"))
+        assert len(shards) > 2
+        shards[1].write_bytes(shards[1].read_bytes()[:-4])
+        with pytest.raises(ValueError) as error:
+            KermitForCausalLM.from_pretrained(tmp_path)
+        assert [shard.name in str(error.value) for shard in shards] == [shard is shards[1] for shard in shards]
 
     def test_a_checkpoint_that_lacks_keys_of_the_body(self, tmp_path):
         tiny_model().save_pretrained(tmp_path)

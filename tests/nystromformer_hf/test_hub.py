@@ -28,5 +28,10 @@ class TestNystromformerEncoderOnTheHub(HubRoundTrip):
         "AutoModelForQuestionAnswering": "NystromformerHFForQuestionAnswering",
         "AutoModelForMultipleChoice": "NystromformerHFForMultipleChoice",
     }
-    code: ClassVar = ["modeling_nystromformer_hf.py", "configuration_nystromformer_hf.py", "nystrom_attention.py"]
+    code: ClassVar = [
+        "modeling_nystromformer_hf.py",
+        "configuration_nystromformer_hf.py",
+        "checkpoints.py",
+        "nystrom_attention.py",
+    ]
     pushed_heads: ClassVar = ["AutoModelForMaskedLM"]

@@ -34,5 +34,6 @@ class TestNystromformerDecoderOnTheHub(GenerativeHubRoundTrip):
         "configuration_nystromformer_hf_decoder.py",
         "cache_nystromformer_hf_decoder.py",
         "causal_nystrom_attention.py",
+        "checkpoints.py",
     ]
     pushed_heads: ClassVar = ["AutoModelForCausalLM", "AutoModelForSequenceClassification"]

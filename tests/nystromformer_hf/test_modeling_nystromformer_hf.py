@@ -350,6 +350,7 @@ def test_every_head_loads_whichever_was_saved(tmp_path):
     saved = transformers.AutoConfig.from_pretrained(tmp_path).auto_map
     assert saved.keys() == {"AutoConfig", *AUTO_CLASSES}
     assert {file.name for file in tmp_path.glob("*.py")} == {
+        "checkpoints.py",
         "configuration_nystromformer_hf.py",
         "modeling_nystromformer_hf.py",
         "nystrom_attention.py",

@@ -7,7 +7,6 @@ import threading
 import pytest
 import torch
 import transformers
-from datasets import Dataset
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache, TextIteratorStreamer
 
 from nystromformer_hf import (
@@ -717,7 +716,7 @@ class TestHeads:
 
     def test_a_checkpoint_that_lacks_weights(self, tmp_path):
         tiny_model("pooled").save_pretrained(tmp_path)
-        with pytest.raises(ValueError, match=r"lacks 4 tensors.*k_norm"):
+        with pytest.raises(ValueError, match=r"lacks model\.layers\.0\.self_attn\.k_norm\.weight"):
             NystromformerHFDecoderForCausalLM.from_pretrained(tmp_path, use_qk_norm=True)
         more = NystromformerHFDecoderForCausalLM.from_pretrained(
             tmp_path, conv_kernel_size=3, inverse_regularization=1e6
@@ -735,33 +734,6 @@ class TestHeads:
             start = layer.self_attn.regularization()
             torch.testing.assert_close(start, torch.full((4,), float(gamma)), atol=1e-6, rtol=1e-5)
             assert (start > 1).all()
-
-
-class TestTrainer:
-    @pytest.mark.parametrize("setting", ["pooled", "regularized_conv"])
-    def test_causal_lm(self, setting, tmp_path):
-        model = NystromformerHFDecoderForCausalLM(tiny_config(setting))
-        texts = [((torch.arange(50) * (1 + row % 3)) % (VOCABULARY - 1) + 1).tolist() for row in range(8)]
-        data = Dataset.from_list([{"input_ids": text, "labels": text} for text in texts])
-        trainer = transformers.Trainer(
-            model=model,
-            args=transformers.TrainingArguments(
-                output_dir=str(tmp_path),
-                max_steps=12,
-                per_device_train_batch_size=4,
-                learning_rate=1e-2,
-                logging_steps=1,
-                report_to=[],
-                save_strategy="no",
-                gradient_checkpointing=True,
-                bf16=True,
-                use_cpu=True,
-            ),
-            train_dataset=data,
-        )
-        trainer.train()
-        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-        assert losses[-1] < 0.7 * losses[0]
 
 
 class TestBadInput:
@@ -783,6 +755,8 @@ class TestBadInput:
             ("head_dim", 7, "even"),
             ("vocab_size", 0, "from 1"),
             ("hidden_size", 30, "num_attention_heads=4"),
+            ("attention_dropout", 1.5, "0 <= p < 1"),
+            ("hidden_act", "step", "silu"),
         ],
     )
     def test_config_names_field_value_and_what_is_allowed(self, field, value, allowed):
