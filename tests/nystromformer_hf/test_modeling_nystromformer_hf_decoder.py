@@ -2,12 +2,11 @@
 
 import copy
 import json
-import threading
 
 import pytest
 import torch
 import transformers
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache, TextIteratorStreamer
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
 from nystromformer_hf import (
     NystromformerHFDecoderConfig,
@@ -28,7 +27,6 @@ HEADS = {
 }
 # Rows shorter and longer than every near field; 1 is the shortest text there is.
 LENGTHS = (13, 1, 42, 4)
-PROMPT, NEW = 11, 25
 
 
 @torch.no_grad()
@@ -516,154 +514,6 @@ class TestBatchOperations:
         with torch.no_grad():
             expected = model(text, use_cache=False).logits[:, 20:]
         torch.testing.assert_close(feed(model, cache, text[:, 20:], [10]), expected, **CLOSE)
-
-
-def generate(model, input_ids, **options):
-    # Without a mask `generate` takes pad tokens that the model itself has written for padding.
-    options.setdefault("attention_mask", torch.ones_like(input_ids))
-    options = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": PAD, **options}
-    return model.generate(input_ids, **options)
-
-
-@torch.no_grad()
-def recomputed_greedy(model, input_ids, count=NEW):
-    """The greedy text, every token from a whole forward without a cache."""
-    for _ in range(count):
-        logits = model(input_ids, use_cache=False).logits[:, -1]
-        input_ids = torch.cat([input_ids, logits.argmax(-1, keepdim=True)], 1)
-    return input_ids
-
-
-class TestGenerate:
-    """Stock `generate()`, unmodified."""
-
-    @pytest.mark.parametrize("setting", SETTINGS)
-    def test_greedy_with_either_cache_is_the_argmax_of_a_whole_forward(self, setting):
-        model = tiny_model(setting)
-        prompt = tokens(2, PROMPT)
-        expected = recomputed_greedy(model, prompt)
-        assert torch.equal(generate(model, prompt), expected)
-        assert torch.equal(generate(model, prompt, cache_implementation="static", disable_compile=True), expected)
-        assert torch.equal(generate(model, prompt, prefill_chunk_size=4), expected)
-
-    @pytest.mark.parametrize("setting", SETTINGS)
-    def test_beams(self, setting):
-        model = tiny_model(setting)
-        prompt = tokens(2, PROMPT)
-        options = {"num_beams": 4, "num_return_sequences": 3, "return_dict_in_generate": True, "output_scores": True}
-        cached = generate(model, prompt, **options)
-        whole = generate(model, prompt, use_cache=False, **options)
-        assert torch.equal(cached.sequences, whole.sequences)
-        torch.testing.assert_close(cached.sequences_scores, whole.sequences_scores, **CLOSE)
-
-    @pytest.mark.parametrize("beams", [1, 3])
-    @pytest.mark.parametrize("cache", [None, "static"])
-    @pytest.mark.parametrize("setting", SETTINGS)
-    def test_rows_of_a_left_padded_batch_equal_single_rows(self, setting, cache, beams):
-        model = tiny_model(setting)
-        rows = [tokens(14), tokens(1), tokens(9), tokens(5)]
-        input_ids, mask = place(rows, "left")
-        options = {"cache_implementation": cache, "disable_compile": True, "num_beams": beams}
-        output = generate(model, input_ids, attention_mask=mask, **options)
-        for index, row in enumerate(rows):
-            assert torch.equal(output[index, 14:], generate(model, row[None], num_beams=beams)[0, len(row) :])
-
-    @pytest.mark.parametrize("setting", SETTINGS)
-    def test_prompt_lookup_gives_the_greedy_text(self, setting):
-        model = tiny_model(setting)
-        prompt = tokens(1, 6).repeat(1, 4)
-        expected = generate(model, prompt, max_new_tokens=40)
-        assert torch.equal(generate(model, prompt, prompt_lookup_num_tokens=4, max_new_tokens=40), expected)
-
-    @pytest.mark.parametrize("close", [True, False])
-    @pytest.mark.parametrize("setting", SETTINGS)
-    def test_an_assistant_gives_the_greedy_text(self, setting, close):
-        model, assistant = tiny_model(setting), tiny_model(setting)
-        if close:  # agrees now and then; the other one hardly ever
-            with torch.no_grad():
-                for parameter in assistant.parameters():
-                    parameter.add_(0.02 * torch.randn_like(parameter))
-        else:
-            shake(assistant)
-        prompt = tokens(1, PROMPT)
-        expected = generate(model, prompt, max_new_tokens=40)
-        assert torch.equal(generate(model, prompt, assistant_model=assistant, max_new_tokens=40), expected)
-
-    @pytest.mark.parametrize("setting", ["pooled", "regularized_conv"])
-    def test_sampling_with_a_seed(self, setting):
-        model = tiny_model(setting)
-        prompt = tokens(2, PROMPT)
-
-        def sample(seed, **options):
-            torch.manual_seed(seed)
-            return generate(model, prompt, do_sample=True, temperature=1.5, top_k=0, **options)
-
-        assert torch.equal(sample(1), sample(1, use_cache=False))
-        assert not torch.equal(sample(1), sample(2))
-
-    @pytest.mark.parametrize("setting", SETTINGS)
-    def test_two_turns(self, setting):
-        model = tiny_model(setting)
-        cache = DynamicCache(config=model.config)
-        first = generate(model, tokens(1, PROMPT), past_key_values=cache)
-        conversation = torch.cat([first, tokens(1, 6)], 1)
-        second = generate(model, conversation, past_key_values=cache)
-        assert torch.equal(second, recomputed_greedy(model, conversation))
-
-    def test_streaming(self):
-        class Words:
-            """What a streamer asks of a tokenizer."""
-
-            def decode(self, token_ids, **kwargs):
-                return "".join(f"{int(token)} " for token in token_ids)
-
-        model = tiny_model("pooled")
-        prompt = tokens(1, PROMPT)
-        streamer = TextIteratorStreamer(Words(), skip_prompt=True, timeout=60)
-        thread = threading.Thread(target=lambda: generate(model, prompt, streamer=streamer))
-        thread.start()
-        text = "".join(streamer)
-        thread.join()
-        assert text == Words().decode(generate(model, prompt)[0, PROMPT:])
-
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-    @pytest.mark.parametrize("setting", SETTINGS)
-    def test_half_precision(self, setting, dtype):
-        model = tiny_model(setting).to(dtype)
-        output = generate(model, tokens(2, PROMPT), output_logits=True, return_dict_in_generate=True)
-        assert all(torch.isfinite(logits).all() for logits in output.logits)
-
-    @pytest.mark.slow
-    @pytest.mark.parametrize("setting", ["pooled", "regularized_conv"])
-    def test_a_compiled_step_is_compiled_once(self, setting):
-        """`torch.compile(fullgraph=True)` as `generate` does on accelerators: one graph for all tokens."""
-        model = tiny_model(setting)
-        input_ids, mask = place([tokens(14), tokens(6)], "left")
-        expected = generate(model, input_ids, attention_mask=mask)
-        torch._dynamo.reset()
-        torch._dynamo.utils.counters.clear()
-        step = torch.compile(model, fullgraph=True, backend="aot_eager")
-        cache = StaticCache(config=model.config, max_cache_len=14 + NEW)
-        counts = []
-        with torch.no_grad():
-            logits = model(input_ids, attention_mask=mask, past_key_values=cache).logits[:, -1:]
-            for index in range(NEW):
-                token = logits.argmax(-1)
-                assert torch.equal(token[:, 0], expected[:, 14 + index])
-                mask = torch.cat([mask, torch.ones_like(token)], 1)
-                inputs = model.prepare_inputs_for_generation(
-                    torch.cat([input_ids, token], 1),
-                    next_sequence_length=1,
-                    attention_mask=mask,
-                    past_key_values=cache,
-                    use_cache=True,
-                )
-                assert isinstance(inputs["attention_mask"], dict)
-                logits = step(**inputs).logits
-                input_ids = torch.cat([input_ids, token], 1)
-                counts.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-        assert counts[-1] == counts[1], counts
-        assert sum(torch._dynamo.utils.counters["graph_break"].values()) == 0
 
 
 class TestHeads:
