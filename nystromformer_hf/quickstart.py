@@ -235,6 +235,18 @@ class ProgressStreamer(TextStreamer):
             self.last_report = now
 
 
+def generate(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompt: torch.Tensor, count: int
+) -> list[dict]:
+    """Sample and print `count` tokens after `prompt`, (1, seq); what `ProgressStreamer` reported."""
+    cache = DynamicCache(config=model.config)
+    streamer = ProgressStreamer(tokenizer, cache, interval=math.ceil(count / 8))
+    settings = {"min_new_tokens": count, "max_new_tokens": count, "do_sample": True, "temperature": 0.8, "top_p": 0.95}
+    mask = torch.ones_like(prompt)
+    model.generate(prompt, attention_mask=mask, past_key_values=cache, streamer=streamer, **settings)
+    return streamer.reports
+
+
 @torch.no_grad()
 def decoding_cost(model: PreTrainedModel, tokens: torch.Tensor, lengths: Sequence[int]) -> list[dict]:
     """Cache bytes and median seconds per token at each context length, on one cache that grows through them.
@@ -493,19 +505,7 @@ def language_model(args: argparse.Namespace, run: dict) -> None:
         print(f"{type(model).__name__} from {args.output}: logits differ from the trained model's by {difference:.1e}")
 
     with stage("generation", run):
-        cache = DynamicCache(config=model.config)
-        streamer = ProgressStreamer(tokenizer, cache, interval=math.ceil(args.new_tokens / 8))
-        model.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            past_key_values=cache,
-            streamer=streamer,
-            min_new_tokens=args.new_tokens,
-            max_new_tokens=args.new_tokens,
-            do_sample=True,
-            temperature=0.8,
-            top_p=0.95,
-        )
+        reports = generate(model, tokenizer, prompt, args.new_tokens)
 
     with stage("decoding cost", run):
         lengths = [2**power for power in range(8, args.longest_context.bit_length())]
@@ -541,7 +541,7 @@ machine.
     }
     metric = ("perplexity", perplexity["Nyströmformer"])
     write_card(args, model, args.sequence_length, metric, corpus=corpus, split=split, **fields)
-    close_run(args, run, test_perplexity=perplexity, generation=streamer.reports, decoding_cost=costs)
+    close_run(args, run, test_perplexity=perplexity, generation=reports, decoding_cost=costs)
 
 
 def stratified_split(examples: list[dict], seed: int) -> tuple[list[dict], list[dict]]:
