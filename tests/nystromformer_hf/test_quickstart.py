@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -201,9 +202,12 @@ def test_resumed_run_equals_an_uninterrupted_one(demo, tmp_path, monkeypatch, cu
             quickstart.Trainer, "training_step", lambda self, *a, **k: calls.append(self) or train(self, *a, **k)
         )
         quickstart.main([*arguments, "--resume"])
+        quickstart.main([*arguments, "--resume"])  # finds both finished
     assert len(calls) == 18 + 1  # nothing but the interrupted step was taken twice
     for folder, other, key in zip(folders, whole, ("test_perplexity", "test_accuracy"), strict=True):
         assert record(folder)["results"][key] == record(other)["results"][key]
+        weights, expected = (load_file(path / "model.safetensors") for path in (folder, other))
+        torch.testing.assert_close(weights, expected, rtol=0, atol=1e-6)  # the order of sums may differ
 
 
 def test_both_tasks_are_checked_before_the_first_begins(demo, tmp_path):
