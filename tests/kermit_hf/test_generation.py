@@ -6,6 +6,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    CompileConfig,
     DynamicCache,
     PreTrainedTokenizerFast,
     StaticCache,
@@ -292,6 +293,25 @@ class TestStaticCache:
                 counts.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
         assert counts[-1] == counts[1], counts
         assert sum(torch._dynamo.utils.counters["graph_break"].values()) == 0
+
+    @pytest.mark.parametrize("setting", ["additive", "hybrid"])
+    def test_generate_compiles_by_itself(self, setting):
+        """A step for all tokens of padded batches that fill caches of one size."""
+        model = tiny_model(setting)
+        compile_config = CompileConfig(fullgraph=True, backend="eager", mode=None)
+        compile_config._compile_all_devices = True  # on a CPU, for tests
+        torch._dynamo.reset()
+        counters, graphs = torch._dynamo.utils.counters, []
+        counters.clear()
+        for lengths in ((14, 6), (9, 14)):
+            input_ids, mask = place([tokens(length) for length in lengths], "left")
+            options = {"cache_implementation": "static", "compile_config": compile_config}
+            output = generate(model, input_ids, attention_mask=mask, **options)
+            assert torch.equal(output, generate(model, input_ids, attention_mask=mask))
+            graphs.append(counters["stats"]["unique_graphs"])
+        # A sliding layer's step is compiled again for its second token, and then no more.
+        assert graphs == ([2, 2] if setting == "hybrid" else [1, 1])
+        assert sum(counters["graph_break"].values()) == 0
 
 
 class TestAssistedGeneration:

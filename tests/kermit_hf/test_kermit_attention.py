@@ -346,6 +346,8 @@ ROPE_TYPES = {
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 16,
     },
+    # A part of each head is not rotated at all.
+    "proportional": {"rope_type": "proportional", "partial_rotary_factor": 0.5},
 }
 # Neither convolution nor forgetting: those are KERMIT's own.
 PLAIN = {"conv_kernel_size": 0, "forget_gate": False}
