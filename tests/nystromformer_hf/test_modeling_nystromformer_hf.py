@@ -141,18 +141,42 @@ def test_the_default_configuration_uses_landmarks():
     "seq_len", [1, 2, 15, 16, 17, 31, 63, 64, 65, 127, 129, 257, 500, 1000, 1021, 2049, 4095, 4096]
 )
 def test_any_length_alone_and_beside_others(seq_len):
-    """A row of any length equals itself in a longer batch, beyond the trained positions too."""
+    """A row of any length equals itself in a longer batch, padded on either side, beyond the trained positions too."""
     model = NystromformerHFModel(tiny_config(num_hidden_layers=1)).eval()
     tokens = random_tokens(1, seq_len)
     alone = model(tokens).last_hidden_state
     assert alone.shape == (1, seq_len, 32)
     assert alone.isfinite().all()
-    batch = random_tokens(2, min(seq_len + 37, 4096))
-    batch[0, :seq_len] = tokens
+    batch = random_tokens(3, min(seq_len + 37, 4096))
+    batch[0, :seq_len] = batch[1, -seq_len:] = tokens
     mask = torch.ones_like(batch)
-    mask[0, seq_len:] = 0
+    mask[0, seq_len:] = mask[1, :-seq_len] = 0
     together = model(batch, attention_mask=mask).last_hidden_state
     torch.testing.assert_close(together[:1, :seq_len], alone, atol=1e-5, rtol=0)
+    torch.testing.assert_close(together[1:2, -seq_len:], alone, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_every_length_to_five_times_the_landmarks_in_one_batch(side):
+    model = NystromformerHFModel(tiny_config(num_hidden_layers=1)).eval()
+    tokens, lengths = random_tokens(80, 80), torch.arange(1, 81)[:, None]
+    mask = torch.arange(80) < lengths if side == "right" else torch.arange(80) >= 80 - lengths
+    batch = model(tokens, attention_mask=mask).last_hidden_state
+    for row, real in enumerate(mask):
+        alone = model(tokens[row : row + 1, real]).last_hidden_state[0]
+        torch.testing.assert_close(batch[row, real], alone, atol=1e-5, rtol=0)
+
+
+def test_the_other_start_of_the_inverse():
+    """With it transformers' own model ends in a `TypeError`."""
+    config = in_tree_config(inv_coeff_init_option=True)
+    with pytest.raises(TypeError):
+        transformers.NystromformerModel(config)
+    ours = NystromformerHFModel.from_nystromformer(config).eval()
+    tokens = random_tokens(2, 64)
+    output = ours(tokens).last_hidden_state
+    ours.config.inverse_init = "original"
+    assert output.isfinite().all() and (output - ours(tokens).last_hidden_state).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
