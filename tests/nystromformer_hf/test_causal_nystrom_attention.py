@@ -319,6 +319,35 @@ class TestStability:
         for tensor in (query, key, value, *(() if gamma is None else (gamma,))):
             assert torch.isfinite(tensor.grad).all()
 
+    @pytest.mark.parametrize("gamma", [1.05, 1.5, None])
+    def test_an_adversary_does_not_get_beyond_the_bound(self, gamma):
+        """Scores and values climb the gradient of the largest landmark value, in float64, from several starts."""
+        gamma = None if gamma is None else torch.full((4,), gamma, dtype=torch.float64)
+        climbed = [tensor.requires_grad_() for tensor in inputs(24, batch=6, scale=1.0)]
+        optimizer = torch.optim.Adam(climbed, lr=0.3, maximize=True)
+        largest = []
+        for _ in range(80):
+            query, key, value = climbed[0], climbed[1], climbed[2].tanh()  # |v| <= 1
+            landmarks = attend("blocked", query, key, value, 2, 1, 0, gamma).landmarks
+            bound = torch.ones(())
+            if gamma is not None:
+                mean_query, mean_key = (
+                    x.detach().unflatten(2, (-1, 2)).mean(3) for x in (query, key.repeat_interleave(2, 1))
+                )
+                scores = mean_query @ mean_key.mT * query.shape[-1] ** -0.5
+                hidden = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+                diagonal = scores.masked_fill(hidden, float("-inf")).softmax(-1).diagonal(dim1=-2, dim2=-1)
+                bound = (1 + gamma[0]) / (gamma[0] - 1 + 2 * diagonal.amin(-1))
+            reached = landmarks.values.abs().amax((2, 3))
+            assert (reached <= bound * (1 + 1e-12)).all()
+            largest.append(reached.max().item())
+            optimizer.zero_grad()
+            reached.sum().backward()
+            assert all(tensor.grad.isfinite().all() for tensor in climbed)
+            optimizer.step()
+        # It did climb: beyond the values themselves where γ is finite, up to them where it is not.
+        assert largest[-1] > (0.99 if gamma is None else 1.1)
+
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     @pytest.mark.parametrize("regularized", [False, True])
     def test_half_precision_is_close(self, regularized, dtype):

@@ -141,6 +141,16 @@ class TestPadding:
                     torch.testing.assert_close(batched[index][:, real][:, :, real], single[0], atol=1e-5, rtol=1e-5)
                     torch.testing.assert_close(single.sum(-1), torch.ones(single.shape[:-1]), atol=1e-5, rtol=0)
 
+    @pytest.mark.parametrize("setting", SETTINGS)
+    def test_batch_mates_do_not_matter(self, setting):
+        model = tiny_model(setting, head=NystromformerHFDecoderModel)
+        input_ids = tokens(5, 80)
+        with torch.no_grad():
+            batch = model(input_ids).last_hidden_state
+            for index in range(5):
+                alone = model(input_ids[index : index + 1]).last_hidden_state[0]
+                torch.testing.assert_close(alone, batch[index], atol=1e-6, rtol=0)
+
     @pytest.mark.parametrize("kind", [torch.bool, torch.float32])
     def test_4d_mask_of_padding_and_causality(self, kind):
         model = tiny_model()
@@ -174,7 +184,75 @@ class TestPadding:
                 torch.testing.assert_close(batched, single, atol=atol, rtol=1e-4)
 
 
+class TestLengths:
+    """Any length from 1 to 4,096, beside others and with its padding on either side; 2e-5 is rounding after the norm."""
+
+    @staticmethod
+    def check(model, lengths):
+        rows = [tokens(length) for length in lengths]
+        with torch.no_grad():
+            alone = [model(row[None], use_cache=False).last_hidden_state[0] for row in rows]
+            for side in ("left", "right"):
+                input_ids, mask = place(rows, side)
+                batch = model(input_ids, attention_mask=mask, use_cache=False).last_hidden_state
+                for index, single in enumerate(alone):
+                    torch.testing.assert_close(batch[index, mask[index] == 1], single, atol=2e-5, rtol=0)
+
+    @pytest.mark.parametrize("setting", SETTINGS)
+    def test_every_short_one(self, setting):
+        self.check(tiny_model(setting, head=NystromformerHFDecoderModel, num_hidden_layers=1), range(1, 70))
+
+    @pytest.mark.parametrize("lengths", [(255, 511), (512, 300), (1000, 1021), (2048, 1), (2049, 4096), (4095, 130)])
+    @pytest.mark.parametrize("setting", ["pooled", "regularized_conv"])
+    def test_long_ones(self, setting, lengths):
+        changes = {"segment_size": 16, "num_hidden_layers": 1}
+        self.check(tiny_model(setting, head=NystromformerHFDecoderModel, **changes), lengths)
+
+
+class TestPrecision:
+    """Within 2e-2 of float32, at the spread of weights that the encoder's tests have. At larger weights softmax attention
+    itself ("softmax" among the settings) leaves that range."""
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("how", ["converted", "autocast"])
+    @pytest.mark.parametrize("setting", SETTINGS)
+    def test_half_precision_is_close(self, setting, how, dtype):
+        model = NystromformerHFDecoderModel(tiny_config(setting, initializer_range=0.2)).eval()
+        input_ids, mask = place([tokens(90), tokens(40)], "left")
+        with torch.no_grad():
+            expected = model(input_ids, attention_mask=mask).last_hidden_state
+            if how == "autocast":
+                with torch.autocast("cpu", dtype=dtype):
+                    output = model(input_ids, attention_mask=mask).last_hidden_state
+            else:
+                output = model.to(dtype)(input_ids, attention_mask=mask).last_hidden_state
+                assert output.dtype == dtype
+        difference = (output.float() - expected)[mask == 1]
+        assert difference.norm() < 2e-2 * expected[mask == 1].norm()
+
+
 class TestEagerIsTheOracle:
+    @pytest.mark.parametrize("setting", SETTINGS)
+    def test_weights_times_values_and_the_convolution_are_the_output(self, setting):
+        model = tiny_model(setting, implementation="eager", head=NystromformerHFDecoderModel)
+        attention = model.layers[1].self_attn
+        hidden = torch.randn(2, 40, 32)
+        positions = model.rotary_emb(hidden, position_ids=torch.arange(40)[None])
+        with torch.no_grad():
+            output, weights = attention(hidden, positions)
+            value = attention._project(hidden)[2]
+            expected = weights @ value.repeat_interleave(attention.num_key_value_groups, 1)
+            if attention.config.conv_kernel_size is not None:
+                taps = attention.config.conv_kernel_size
+                padded = torch.nn.functional.pad(value, (0, 0, taps - 1, 0))
+                padded = padded.repeat_interleave(attention.num_key_value_groups, 1)
+                for tap in range(taps):
+                    expected = expected + attention.conv_weight[:, 0, tap][None, :, None] * padded[:, :, tap : tap + 40]
+            expected = attention.o_proj(expected.transpose(1, 2).flatten(2))
+        assert weights.shape == (2, 4, 40, 40) and not weights.triu(1).any()
+        torch.testing.assert_close(weights.sum(-1), torch.ones(2, 4, 40), atol=1e-5, rtol=0)
+        torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
+
     @pytest.mark.parametrize("setting", SETTINGS)
     @pytest.mark.parametrize("length", [1, 3, 40, 300])
     def test_forward(self, setting, length):
@@ -244,6 +322,41 @@ class TestLlamaWeights:
             torch.testing.assert_close(
                 feed(model, DynamicCache(config=model.config), input_ids, [60] + [1] * 40), expected, **CLOSE
             )
+
+    ROPE_TYPES = {
+        "linear": {"factor": 4.0},
+        "dynamic": {"factor": 2.0},
+        "yarn": {"factor": 4.0, "original_max_position_embeddings": 16},
+        "longrope": {
+            "factor": 4.0,
+            "short_factor": [1.0, 1.2, 1.5, 2.0, 2.2, 2.5, 3.0, 3.5],
+            "long_factor": [2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0],
+            "original_max_position_embeddings": 64,
+        },
+        "llama3": {
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 16,
+        },
+        "proportional": {"partial_rotary_factor": 0.5},
+    }
+
+    @pytest.mark.parametrize("rope_type", ROPE_TYPES)
+    def test_every_rope_type(self, rope_type):
+        parameters = {"rope_type": rope_type, "rope_theta": 10000.0, **self.ROPE_TYPES[rope_type]}
+        other = LlamaForCausalLM(
+            LlamaConfig(**self.SIZE, rope_parameters=parameters, max_position_embeddings=64)
+        ).eval()
+        shake(other)
+        plain = LlamaForCausalLM(LlamaConfig(**self.SIZE)).eval()
+        plain.load_state_dict(other.state_dict())
+        model = self.sibling(other.config, other, segment_size=1, near_segments=1, max_position_embeddings=64)
+        input_ids = tokens(2, 100)
+        with torch.no_grad():
+            expected = other(input_ids).logits
+            torch.testing.assert_close(model(input_ids).logits, expected, **CLOSE)
+            assert (plain(input_ids).logits - expected).abs().max() > 0.1
 
     def test_longer_segments_differ(self):
         # Or equality above would say nothing.
