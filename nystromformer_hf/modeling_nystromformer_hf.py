@@ -44,6 +44,13 @@ OWN_WEIGHTS = ("attention.self.conv.weight",)
 FUSED_ACTIVATIONS = {"gelu_new": "gelu_pytorch_tanh"}
 
 
+def check_shape(name: str, tensor: torch.Tensor | None, *allowed: tuple[int, ...]) -> None:
+    """`ValueError` unless the tensor is None or has one of the allowed shapes."""
+    if tensor is not None and tuple(tensor.shape) not in allowed:
+        shapes = " or ".join(str(shape) for shape in dict.fromkeys(allowed))
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; allowed is {shapes}")
+
+
 def activation(name: str) -> nn.Module:
     return ACT2FN[FUSED_ACTIVATIONS.get(name, name)]
 
@@ -83,8 +90,8 @@ class NystromformerHFValueConvolution(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.num_attention_heads, 1, config.conv_kernel_size, 1))
 
-    def forward(self, value: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
-        return value_convolution(value, self.weight, lengths)
+    def forward(self, value: torch.Tensor, lengths: torch.Tensor | None, residual: torch.Tensor | None = None):
+        return value_convolution(value, self.weight, lengths, residual)
 
 
 class NystromformerHFSelfAttention(nn.Module):
@@ -129,7 +136,7 @@ class NystromformerHFSelfAttention(nn.Module):
             inverse_regularization=self.config.inverse_regularization,
         )
         if self.conv is not None:
-            context = context + self.conv(value, lengths)
+            context = self.conv(value, lengths, context)
 
         context = context.transpose(1, 2).flatten(2)
         if padding is not None:
@@ -305,6 +312,11 @@ class NystromformerHFModel(NystromformerHFPreTrainedModel):
         if input_ids is not None:
             self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
             inputs_embeds = self.embeddings.word_embeddings(input_ids)
+        batch, seq_len = inputs_embeds.shape[:2]
+        if seq_len == 0:
+            raise ValueError(f"input_ids has shape {(batch, seq_len)}; allowed are one token or more")
+        for name, ids in (("token_type_ids", token_type_ids), ("position_ids", position_ids)):
+            check_shape(name, ids, (batch, seq_len), (1, seq_len))
 
         padding = None
         if attention_mask is not None:
@@ -396,6 +408,7 @@ class NystromformerHFForMaskedLM(NystromformerHFPreTrainedModel):
         logits = self.cls(outputs.last_hidden_state)
         loss = None
         if labels is not None:
+            check_shape("labels", labels, tuple(logits.shape[:2]))
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return MaskedLMOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
@@ -452,6 +465,8 @@ class NystromformerHFForSequenceClassification(NystromformerHFPreTrainedModel):
         logits = self.classifier(first_tokens(outputs.last_hidden_state, attention_mask))
         loss = None
         if labels is not None:
+            batch = logits.shape[0]
+            check_shape("labels", labels, (batch,), (batch, 1), (batch, self.num_labels))
             loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config, **kwargs)
         return SequenceClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
@@ -491,7 +506,8 @@ class NystromformerHFForMultipleChoice(NystromformerHFPreTrainedModel):
         labels (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
             Index of the right choice.
         """
-        num_choices = (input_ids if input_ids is not None else inputs_embeds).shape[1]
+        inputs = input_ids if input_ids is not None else inputs_embeds
+        num_choices = 1 if inputs is None else inputs.shape[1]  # without inputs the model raises
         input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds = (
             x.flatten(0, 1) if x is not None else None
             for x in (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
@@ -501,6 +517,7 @@ class NystromformerHFForMultipleChoice(NystromformerHFPreTrainedModel):
         logits = self.classifier(pooled).view(-1, num_choices)
         loss = None
         if labels is not None:
+            check_shape("labels", labels, tuple(logits.shape[:1]))
             loss = fixed_cross_entropy(logits.float(), labels, kwargs.get("num_items_in_batch"))
         return MultipleChoiceModelOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
@@ -537,6 +554,7 @@ class NystromformerHFForTokenClassification(NystromformerHFPreTrainedModel):
         logits = self.classifier(self.dropout(outputs.last_hidden_state))
         loss = None
         if labels is not None:
+            check_shape("labels", labels, tuple(logits.shape[:2]))
             loss = self.loss_function(logits, labels, self.config, **kwargs)
         return TokenClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
@@ -569,6 +587,9 @@ class NystromformerHFForQuestionAnswering(NystromformerHFPreTrainedModel):
         start_logits, end_logits = start_logits.contiguous(), end_logits.contiguous()
         loss = None
         if start_positions is not None and end_positions is not None:
+            batch = start_logits.shape[0]
+            check_shape("start_positions", start_positions, (batch,), (batch, 1))
+            check_shape("end_positions", end_positions, (batch,), (batch, 1))
             loss = self.loss_function(start_logits, end_logits, start_positions, end_positions, **kwargs)
         return QuestionAnsweringModelOutput(
             loss=loss,

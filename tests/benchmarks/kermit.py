@@ -10,24 +10,23 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCach
 from kermit_hf import FEATURE_MAPS, KermitConfig, KermitForCausalLM
 from kermit_hf.kermit_attention import Slots, kermit_attention
 
-from .measure import Result, compare
+from .measure import (
+    Decoder,
+    Faster,
+    Flat,
+    Growth,
+    Result,
+    Section,
+    by_length,
+    compare_decoding,
+    fill_at_random,
+    fill_by_prompt,
+)
 
 
 HEADS, HEAD_DIM, WINDOW, SINKS = 8, 64, 128, 4
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
-# (contender, contender it is compared with, length, smallest ratio that must hold), forward and forward + backward.
-TARGETS = {
-    "forward": [
-        ("additive", "softmax (SDPA)", 16384, 15.0),
-        ("additive + window 128", "softmax (SDPA)", 16384, 8.0),
-    ],
-    "forward + backward": [
-        ("additive", "softmax (SDPA)", 16384, 15.0),
-        ("additive + window 128", "softmax (SDPA)", 16384, 8.0),
-        ("gated delta", "softmax (SDPA)", 16384, 5.0),
-        ("gated delta", "transformers gated delta", 16384, 25.0),
-    ],
-}
+CONTEXTS = (256, 1024, 4096, 16384, 32768)
 
 
 def attention(update_rule: str, feature_map: str, window_size: int) -> Callable[..., torch.Tensor]:
@@ -97,20 +96,9 @@ def transformers_gated_delta() -> Callable[..., torch.Tensor]:
     return attend
 
 
-def time_attention(backward: bool, lengths: tuple[int, ...] = LENGTHS) -> Iterator[list[Result]]:
-    """Results length by length."""
-    for length in lengths:
-        yield compare(dict(attention_contenders(length, backward)), length)
-
-
-def time_decoding(
-    contexts: tuple[int, ...] = (256, 1024, 4096, 16384, 32768), tokens: int = 4
-) -> Iterator[list[Result]]:
-    """Seconds per generated token after `contexts` tokens, all of them in one interleaved run.
-
-    KERMIT as `generate()` runs it by default and with a static cache and `torch.compile`; a Llama of the same body with
-    the default cache, filled with random keys and values: what they hold does not change the time.
-    """
+def time_decoding(lengths: tuple[int, ...]) -> Iterator[list[Result]]:
+    """KERMIT as `generate()` runs it by default and with a static cache and `torch.compile`; a Llama of the same body with
+    the default cache."""
     body = {
         "vocab_size": 32000,
         "hidden_size": HEADS * HEAD_DIM,
@@ -122,37 +110,48 @@ def time_decoding(
     torch.manual_seed(0)
     kermit = KermitForCausalLM(KermitConfig(**body, window_size=WINDOW)).eval()
     llama = LlamaForCausalLM(LlamaConfig(**body)).eval()
-    compiled = torch.compile(kermit, fullgraph=True)
-    token = torch.tensor([[3]])
+    static = partial(StaticCache, config=kermit.config, max_cache_len=65536)
+    prompt = partial(fill_by_prompt, kermit)
+    at_random = partial(fill_at_random, layers=body["num_hidden_layers"], heads=HEADS, head_dim=HEAD_DIM)
+    decoders = {
+        "Llama": Decoder(llama, partial(DynamicCache, config=llama.config), at_random, rewind=True),
+        "KERMIT": Decoder(kermit, partial(DynamicCache, config=kermit.config), prompt),
+        "KERMIT, static cache, compiled": Decoder(torch.compile(kermit, fullgraph=True), static, prompt),
+    }
+    return compare_decoding(decoders, lengths)
 
-    @torch.no_grad()
-    def decode(model, cache, context):
-        for index in range(tokens):
-            model(token, past_key_values=cache, use_cache=True, position_ids=torch.tensor([[context + index]]))
-        if model is llama:
-            cache.crop(-tokens)
 
-    contenders = {}
-    for context in contexts:
-        dynamic, static = DynamicCache(config=kermit.config), StaticCache(config=kermit.config, max_cache_len=65536)
-        prompt = torch.randint(3, body["vocab_size"], (1, context))
-        with torch.no_grad():
-            for cache in (dynamic, static):
-                kermit(prompt, past_key_values=cache, logits_to_keep=1)
-        grown = DynamicCache(config=llama.config)
-        for layer in range(body["num_hidden_layers"]):
-            states = torch.randn(1, HEADS, context, HEAD_DIM)
-            grown.update(states, states, layer)
-        for name, model, cache in (
-            ("KERMIT", kermit, dynamic),
-            ("KERMIT, static cache, compiled", compiled, static),
-            ("Llama", llama, grown),
-        ):
-            contenders[f"{name}@{context}"] = partial(decode, model, cache, context)
-    results = compare(contenders, 0, max_rounds=9, budget=40.0)
-    for result in results:
-        name, context = result.contender.split("@")
-        result.contender, result.length = name, int(context)
-        result.seconds /= tokens
-    for context in contexts:
-        yield [result for result in results if result.length == context]
+SECTIONS = {
+    "kermit-forward": Section(
+        "KERMIT attention, forward: 8 heads x 64, float32",
+        by_length(lambda length: dict(attention_contenders(length, backward=False))),
+        LENGTHS,
+        (
+            Faster("additive", "softmax (SDPA)", 16384, 15.0),
+            Faster("additive + window 128", "softmax (SDPA)", 16384, 8.0),
+        ),
+    ),
+    "kermit-training": Section(
+        "KERMIT attention, forward + backward: 8 heads x 64, float32",
+        by_length(lambda length: dict(attention_contenders(length, backward=True))),
+        LENGTHS,
+        (
+            Faster("additive", "softmax (SDPA)", 16384, 15.0),
+            Faster("additive + window 128", "softmax (SDPA)", 16384, 8.0),
+            Faster("gated delta", "softmax (SDPA)", 16384, 5.0),
+            Faster("gated delta", "transformers gated delta", 16384, 25.0),
+            Growth("gated delta + window 128", "peak_bytes", 1.1),
+        ),
+    ),
+    "kermit-decoding": Section(
+        "KERMIT decoding: 8 layers x 512, float32",
+        time_decoding,
+        CONTEXTS,
+        (
+            Flat("KERMIT", 1.1),
+            Flat("KERMIT, static cache, compiled", 1.1),
+            Faster("KERMIT, static cache, compiled", "Llama", 32768, 25.0),
+        ),
+        "milliseconds per token",
+    ),
+}

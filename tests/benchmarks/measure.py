@@ -5,11 +5,14 @@ import gc
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from transformers import Cache, PreTrainedModel
 
 
 @dataclass
@@ -23,8 +26,108 @@ class Result:
     rounds: int
 
 
+class Faster(NamedTuple):
+    """`contender` takes at most 1 / `ratio` of the time of `rival` at `length` tokens."""
+
+    contender: str
+    rival: str
+    length: int
+    ratio: float
+
+
+class Flat(NamedTuple):
+    """`contender` takes at the greatest length at most `ratio` times as long as at the smallest."""
+
+    contender: str
+    ratio: float
+
+
+class Growth(NamedTuple):
+    """`attribute` of `contender`, "seconds" or "peak_bytes", grows at most as length^exponent from `shortest` on."""
+
+    contender: str
+    attribute: str
+    exponent: float
+    shortest: int = 2048
+
+
+@dataclass
+class Section:
+    """One table and one picture. `time(lengths)` yields the results of one length after the other, the contender that the
+    others are compared with first; `targets` are what has to hold."""
+
+    title: str
+    time: Callable[[tuple[int, ...]], Iterator[list[Result]]]
+    lengths: tuple[int, ...]
+    targets: tuple[Faster | Flat | Growth, ...] = ()
+    unit: str = "milliseconds"
+
+
+def by_length(contenders: Callable[[int], dict[str, Callable[[], object]]]) -> Callable[..., Iterator[list[Result]]]:
+    """The `time` of a section whose contenders are made for one length."""
+
+    def time_lengths(lengths: tuple[int, ...]) -> Iterator[list[Result]]:
+        for length in lengths:
+            yield compare(contenders(length), length)
+
+    return time_lengths
+
+
+class Decoder(NamedTuple):
+    """A model and an empty cache for it. `fill(cache, tokens)` brings the cache to that many tokens of context."""
+
+    model: PreTrainedModel
+    cache: Callable[[], Cache]
+    fill: Callable[[Cache, int], None]
+    rewind: bool = False
+
+
+def compare_decoding(decoders: dict[str, Decoder], lengths: tuple[int, ...], tokens: int = 4) -> Iterator[list[Result]]:
+    """Seconds per generated token at each context length, all of them in one interleaved run.
+
+    `rewind` takes the new tokens out of the cache again, for models whose time depends on their number.
+    """
+
+    @torch.no_grad()
+    def decode(decoder: Decoder, cache: Cache, context: int) -> None:
+        for index in range(tokens):
+            position = torch.tensor([[context + index]])
+            decoder.model(torch.tensor([[3]]), past_key_values=cache, use_cache=True, position_ids=position)
+        if decoder.rewind:
+            cache.crop(-tokens)
+
+    contenders = {}
+    for name, decoder in decoders.items():
+        for context in lengths:
+            cache = decoder.cache()
+            decoder.fill(cache, context)
+            contenders[name, context] = partial(decode, decoder, cache, context)
+    results = compare(contenders, 0, max_rounds=9, budget=40.0)
+    for result in results:
+        result.contender, result.length = result.contender
+        result.seconds /= tokens
+        result.peak_bytes = None  # of a few steps, which says nothing
+    for context in lengths:
+        yield [result for result in results if result.length == context]
+
+
+def fill_by_prompt(model: PreTrainedModel, cache: Cache, context: int) -> None:
+    """Reads a random prompt, in pieces, so that memory stays small."""
+    prompt = torch.randint(3, model.config.vocab_size, (1, context))
+    with torch.no_grad():
+        for piece in prompt.split(4096, 1):
+            model(piece, past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+
+def fill_at_random(cache: Cache, context: int, layers: int, heads: int, head_dim: int) -> None:
+    """Random keys and values: what an ordinary cache holds does not change the time."""
+    for layer in range(layers):
+        states = torch.randn(1, heads, context, head_dim)
+        cache.update(states, states, layer)
+
+
 def compare(
-    contenders: dict[str, Callable[[], object]], length: int, max_rounds: int = 7, budget: float = 30.0
+    contenders: dict[object, Callable[[], object]], length: int, max_rounds: int = 7, budget: float = 30.0
 ) -> list[Result]:
     """Times all contenders in turn until `max_rounds` rounds or `budget` seconds are spent, at least three rounds.
 

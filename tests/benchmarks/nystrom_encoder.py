@@ -1,24 +1,20 @@
-"""What to time and to measure about the Nyströmformer encoder: its rivals as functions of no argument, and its error.
+"""What is timed for the Nyströmformer encoder: its attention and a whole layer, against transformers' own, the package
+`nystrom-attention`, and softmax attention."""
 
-Nothing runs on import; `tests.benchmarks` decides on lengths, repetitions and threads.
-"""
-
-from collections.abc import Callable, Iterable
-from os import PathLike
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import BertConfig, BertModel, NystromformerConfig
+from transformers import BertConfig, NystromformerConfig
 from transformers.models.bert.modeling_bert import BertLayer
 from transformers.models.nystromformer.modeling_nystromformer import NystromformerLayer, NystromformerSelfAttention
 
-from nystromformer_hf import NystromformerHFConfig, NystromformerHFModel
-from nystromformer_hf.modeling_nystromformer_hf import (
-    POSITION_OFFSET,
-    NystromformerHFLayer,
-    NystromformerHFSelfAttention,
-)
+from nystromformer_hf import NystromformerHFConfig
+from nystromformer_hf.modeling_nystromformer_hf import NystromformerHFLayer, NystromformerHFSelfAttention
+
+from .measure import Faster, Growth, Section, by_length
 
 
 HEADS, HEAD_DIM, LANDMARKS = 8, 64, 64
@@ -52,7 +48,7 @@ def attention_cores(seq_len: int, batch: int = 1, backward: bool = False) -> dic
         heads = hidden_states.unflatten(2, (HEADS, HEAD_DIM)).transpose(1, 2)
         return (F.scaled_dot_product_attention(heads, heads, heads).transpose(1, 2).flatten(2),)
 
-    cores = {"ours": ours, "transformers": theirs, "softmax (SDPA)": softmax_attention}
+    cores = {"softmax (SDPA)": softmax_attention, "ours": ours, "transformers": theirs}
     try:
         from nystrom_attention import NystromAttention
     except ImportError:
@@ -70,9 +66,9 @@ def encoder_layers(seq_len: int, batch: int = 1, backward: bool = False) -> dict
     bert = BertConfig(hidden_size=HEADS * HEAD_DIM, num_attention_heads=HEADS, intermediate_size=4 * HEADS * HEAD_DIM)
     bert._attn_implementation = "sdpa"
     layers = {
+        "BERT (SDPA)": BertLayer(bert),
         "ours": NystromformerHFLayer(ours_config),
         "transformers": NystromformerLayer(theirs_config),
-        "BERT (SDPA)": BertLayer(bert),
     }
     layers["ours"].load_state_dict(layers["transformers"].state_dict())
     hidden = torch.randn(batch, seq_len, HEADS * HEAD_DIM, requires_grad=backward)
@@ -94,40 +90,27 @@ def _run(function: Callable, hidden: torch.Tensor, backward: bool) -> Callable[[
     return run
 
 
-def from_bert(bert: BertModel, **fields) -> NystromformerHFModel:
-    """A Nyströmformer with the weights of a BERT, without convolution; `fields` go into its configuration."""
-    names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-    names += ("hidden_act", "max_position_embeddings", "type_vocab_size", "layer_norm_eps", "pad_token_id")
-    config = NystromformerHFConfig(
-        **{name: getattr(bert.config, name) for name in names}, conv_kernel_size=None, **fields
-    )
-    weights = {name: tensor for name, tensor in bert.state_dict().items() if not name.startswith("pooler")}
-    table = "embeddings.position_embeddings.weight"
-    weights[table] = F.pad(weights[table], (0, 0, POSITION_OFFSET, 0))
-    model = NystromformerHFModel(config)
-    model.load_state_dict(weights)
-    return model.eval()
-
-
-@torch.no_grad()
-def token_cosine(
-    folder: str | PathLike, tokens: torch.LongTensor, landmarks: Iterable[int], **fields
-) -> dict[int, float]:
-    """Mean cosine between the last states of a trained BERT and those of the same weights with Nyström attention.
-
-    Args:
-        folder: a checkpoint of `BertModel`.
-        tokens: (texts, seq), texts of real tokens.
-        landmarks: numbers of landmarks to try.
-        fields: other fields of `NystromformerHFConfig`.
-
-    Returns:
-        The cosine for each number of landmarks; 1 at as many landmarks as tokens.
-    """
-    bert = BertModel.from_pretrained(folder).eval()
-    exact = bert(tokens).last_hidden_state
-    cosines = {}
-    for number in landmarks:
-        model = from_bert(bert, num_landmarks=number, **fields)
-        cosines[number] = F.cosine_similarity(model(tokens).last_hidden_state, exact, dim=-1).mean().item()
-    return cosines
+LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
+CORE_TARGETS = tuple(
+    Faster("ours", rival, length, 2.5) for rival in ("transformers", "nystrom-attention") for length in (4096, 8192)
+)
+SECTIONS = {
+    "nystrom-core": Section(
+        "Nyström encoder attention without projections, forward: 8 heads x 64, 64 landmarks, float32",
+        by_length(attention_cores),
+        LENGTHS,
+        (*CORE_TARGETS, Growth("ours", "peak_bytes", 1.1)),
+    ),
+    "nystrom-core-training": Section(
+        "Nyström encoder attention without projections, forward + backward: 8 heads x 64, 64 landmarks, float32",
+        by_length(partial(attention_cores, backward=True)),
+        LENGTHS,
+        (*CORE_TARGETS, Growth("ours", "peak_bytes", 1.1)),
+    ),
+    "nystrom-layer": Section(
+        "One encoder layer, forward: width 512, 8 heads, 64 landmarks, float32",
+        by_length(encoder_layers),
+        LENGTHS,
+        (Faster("ours", "transformers", 8192, 1.5), Faster("ours", "BERT (SDPA)", 8192, 3.0)),
+    ),
+}
