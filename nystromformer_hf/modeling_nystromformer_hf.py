@@ -309,12 +309,12 @@ class NystromformerHFModel(NystromformerHFPreTrainedModel):
             raise ValueError(
                 "input_ids and inputs_embeds are both given or both missing; allowed is exactly one of them"
             )
+        batch, seq_len = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
+        if seq_len == 0:
+            raise ValueError(f"input_ids has shape {(batch, seq_len)}; allowed are one token or more")
         if input_ids is not None:
             self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
             inputs_embeds = self.embeddings.word_embeddings(input_ids)
-        batch, seq_len = inputs_embeds.shape[:2]
-        if seq_len == 0:
-            raise ValueError(f"input_ids has shape {(batch, seq_len)}; allowed are one token or more")
         for name, ids in (("token_type_ids", token_type_ids), ("position_ids", position_ids)):
             check_shape(name, ids, (batch, seq_len), (1, seq_len))
 

@@ -334,11 +334,46 @@ def test_positions_beyond_the_table_repeat_it(model):
         ({"input_ids": random_tokens(1, 4), "inputs_embeds": torch.zeros(1, 4, 32)}, "input_ids and inputs_embeds"),
         ({"input_ids": random_tokens(2, 4), "attention_mask": torch.ones(2, 5)}, r"attention_mask has shape \(2, 5\)"),
         ({"input_ids": random_tokens(1, 4), "attention_mask": torch.ones(1, 1, 4, 4)}, r"allowed is \(batch, seq"),
+        ({"input_ids": random_tokens(2, 0)}, r"input_ids has shape \(2, 0\)"),
+        (
+            {"input_ids": random_tokens(2, 4), "token_type_ids": random_tokens(2, 5)},
+            r"token_type_ids has shape \(2, 5\); allowed is \(2, 4\)",
+        ),
+        (
+            {"input_ids": random_tokens(2, 4), "position_ids": random_tokens(4)},
+            r"position_ids has shape \(4,\); allowed is \(2, 4\) or \(1, 4\)",
+        ),
     ],
 )
 def test_bad_inputs_are_named(model, inputs, message):
     with pytest.raises(ValueError, match=message):
         model(**inputs)
+
+
+@pytest.mark.parametrize(
+    ("auto_class", "labels", "allowed"),
+    [
+        ("AutoModelForMaskedLM", {"labels": (2, 9)}, "(2, 10)"),
+        ("AutoModelForTokenClassification", {"labels": (3, 10)}, "(2, 10)"),
+        ("AutoModelForSequenceClassification", {"labels": (3,)}, "(2,) or (2, 1) or (2, 3)"),
+        ("AutoModelForQuestionAnswering", {"start_positions": (3,), "end_positions": (2,)}, "(2,) or (2, 1)"),
+        ("AutoModelForQuestionAnswering", {"end_positions": (3,), "start_positions": (2,)}, "(2,) or (2, 1)"),
+        ("AutoModelForMultipleChoice", {"labels": (3,)}, "(2,)"),
+    ],
+)
+def test_labels_of_a_wrong_shape_are_named(auto_class, labels, allowed):
+    model, tokens = AUTO_CLASSES[auto_class](tiny_config(num_labels=3)), random_tokens(2, 10)
+    tokens = tokens[:, None] if auto_class == "AutoModelForMultipleChoice" else tokens
+    name, shape = next(iter(labels.items()))
+    with pytest.raises(ValueError) as error:
+        model(tokens, **{field: torch.zeros(size, dtype=torch.long) for field, size in labels.items()})
+    assert str(error.value) == f"{name} has shape {shape}; allowed is {allowed}"
+
+
+@pytest.mark.parametrize("auto_class", AUTO_CLASSES)
+def test_no_inputs_are_named_by_every_head(auto_class):
+    with pytest.raises(ValueError, match="input_ids and inputs_embeds"):
+        AUTO_CLASSES[auto_class](tiny_config())()
 
 
 def test_fields_set_later_are_checked_too(tmp_path):
