@@ -8,6 +8,7 @@ from transformers.modeling_rope_utils import RopeParameters
 from .cache_kermit import LAYER_TYPE
 from .feature_maps import FEATURE_MAPS
 from .kermit_attention import UPDATE_RULES
+from .validation import at_least, multiple, raises_value_error
 
 
 LAYER_TYPES = (LAYER_TYPE, "full_attention", "sliding_attention")
@@ -17,6 +18,7 @@ if LAYER_TYPE not in configuration_utils.ALLOWED_ATTN_LAYER_TYPES:
     configuration_utils.ALLOWED_ATTN_LAYER_TYPES += (LAYER_TYPE,)
 
 
+@raises_value_error
 @strict
 class KermitConfig(PreTrainedConfig):
     r"""
@@ -112,11 +114,11 @@ class KermitConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         # Before a division by it: a zero would not reach the validation below.
-        _at_least(self, "num_attention_heads", 1)
+        at_least(self, "num_attention_heads", 1)
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
-            _multiple(self, "hidden_size", "num_attention_heads")
+            multiple(self, "hidden_size", "num_attention_heads")
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.attention_output_bias is None:
             self.attention_output_bias = self.attention_bias
@@ -127,21 +129,21 @@ class KermitConfig(PreTrainedConfig):
         if self.layer_types is None:
             self.layer_types = [LAYER_TYPE] * self.num_hidden_layers
         super().__post_init__(**kwargs)
-        # `@strict` runs these too, but wraps what they raise in an error that is no `ValueError`.
+        # `@strict` runs these too, but puts another error around what they raise.
         self.validate_architecture()
         self.validate_layer_type()
 
     def validate_architecture(self):
         """Part of `@strict`-powered validation: names the field, its value and what is allowed."""
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_key_value_heads"):
-            _at_least(self, name, 1)
-        _multiple(self, "num_attention_heads", "num_key_value_heads")
+            at_least(self, name, 1)
+        multiple(self, "num_attention_heads", "num_key_value_heads")
         if self.head_dim < 2 or self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} cannot carry rotary positions; allowed are even numbers from 2")
         if not 0 <= self.attention_dropout < 1:
             raise ValueError(f"attention_dropout={self.attention_dropout} is no probability; allowed are 0 <= p < 1")
         for name in ("window_size", "num_sink_tokens", "conv_kernel_size"):
-            _at_least(self, name, 0)
+            at_least(self, name, 0)
         if self.num_sink_tokens > self.window_size:
             raise ValueError(
                 f"num_sink_tokens={self.num_sink_tokens} exceeds window_size={self.window_size}; allowed are 0 ... window_size"
@@ -180,18 +182,6 @@ class KermitConfig(PreTrainedConfig):
                 f"sliding_window={self.sliding_window} does not fit layer_types with 'sliding_attention'; allowed are "
                 "integers from 1"
             )
-
-
-def _at_least(config: KermitConfig, name: str, smallest: int) -> None:
-    value = getattr(config, name)
-    if value < smallest:
-        raise ValueError(f"{name}={value} is too small; allowed are integers from {smallest}")
-
-
-def _multiple(config: KermitConfig, name: str, divisor: str) -> None:
-    value, unit = getattr(config, name), getattr(config, divisor)
-    if value % unit:
-        raise ValueError(f"{name}={value} is not divisible; allowed are multiples of {divisor}={unit}")
 
 
 __all__ = ["KermitConfig"]

@@ -1,38 +1,18 @@
 """Nyströmformer encoder configuration."""
 
 import os
-from collections.abc import Callable
-from functools import wraps
 from typing import Self
 
 from huggingface_hub.dataclasses import strict
-from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 
 from .nystrom_attention import INVERSE_INITS
+from .validation import at_least, raises_value_error
 
 
 IN_TREE_MODEL_TYPE = "nystromformer"
-
-
-def raises_value_error(cls: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
-    """Let a `@strict` configuration raise `ValueError` for bad fields; the errors of `strict` are none."""
-
-    def translated(method: Callable) -> Callable:
-        @wraps(method)
-        def wrapper(*args, **kwargs):
-            try:
-                return method(*args, **kwargs)
-            except StrictDataclassError as error:
-                raise ValueError(str(error)) from error
-
-        return wrapper
-
-    cls.__init__ = translated(cls.__init__)
-    cls.validate = translated(cls.validate)
-    return cls
 
 
 @raises_value_error
@@ -149,10 +129,10 @@ class NystromformerHFConfig(PreTrainedConfig):
             "num_landmarks",
             "inverse_iterations",
         ):
-            _at_least(self, name, 1)
+            at_least(self, name, 1)
         if self.conv_kernel_size is not None:
-            _at_least(self, "conv_kernel_size", 1)
-        _at_least(self, "landmark_refinement_steps", 0)
+            at_least(self, "conv_kernel_size", 1)
+        at_least(self, "landmark_refinement_steps", 0)
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size={self.hidden_size} is not divisible; allowed are multiples of "
@@ -178,12 +158,6 @@ class NystromformerHFConfig(PreTrainedConfig):
                 f"pad_token_id={self.pad_token_id} is no token; allowed are None and 0 ... vocab_size - 1 = "
                 f"{self.vocab_size - 1}"
             )
-
-
-def _at_least(config: NystromformerHFConfig, name: str, smallest: int) -> None:
-    value = getattr(config, name)
-    if value < smallest:
-        raise ValueError(f"{name}={value} is too small; allowed are integers from {smallest}")
 
 
 __all__ = ["NystromformerHFConfig"]

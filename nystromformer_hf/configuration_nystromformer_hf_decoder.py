@@ -7,6 +7,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
 from .cache_nystromformer_hf_decoder import LAYER_TYPE
+from .validation import at_least, multiple, raises_value_error
 
 
 # The Trainer resumes through the base class of all configs, which knows layer types from this list only.
@@ -14,6 +15,7 @@ if LAYER_TYPE not in configuration_utils.ALLOWED_ATTN_LAYER_TYPES:
     configuration_utils.ALLOWED_ATTN_LAYER_TYPES += (LAYER_TYPE,)
 
 
+@raises_value_error
 @strict
 class NystromformerHFDecoderConfig(PreTrainedConfig):
     r"""
@@ -94,11 +96,11 @@ class NystromformerHFDecoderConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         # Before a division by it: a zero would not reach the validation below.
-        _at_least(self, "num_attention_heads", 1)
+        at_least(self, "num_attention_heads", 1)
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
-            _multiple(self, "hidden_size", "num_attention_heads")
+            multiple(self, "hidden_size", "num_attention_heads")
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.attention_output_bias is None:
             self.attention_output_bias = self.attention_bias
@@ -106,7 +108,7 @@ class NystromformerHFDecoderConfig(PreTrainedConfig):
             # The cache is built from these.
             self.layer_types = [LAYER_TYPE] * self.num_hidden_layers
         super().__post_init__(**kwargs)
-        # `@strict` runs these too, but wraps what they raise in an error that is no `ValueError`.
+        # `@strict` runs these too, but puts another error around what they raise.
         self.validate_architecture()
         self.validate_layer_type()
 
@@ -121,9 +123,9 @@ class NystromformerHFDecoderConfig(PreTrainedConfig):
             "segment_size",
             "near_segments",
         ):
-            _at_least(self, name, 1)
-        _at_least(self, "num_sink_tokens", 0)
-        _multiple(self, "num_attention_heads", "num_key_value_heads")
+            at_least(self, name, 1)
+        at_least(self, "num_sink_tokens", 0)
+        multiple(self, "num_attention_heads", "num_key_value_heads")
         if self.head_dim < 2 or self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} cannot carry rotary positions; allowed are even numbers from 2")
         if not 0 <= self.attention_dropout < 1:
@@ -147,18 +149,6 @@ class NystromformerHFDecoderConfig(PreTrainedConfig):
                 f"layer_types={self.layer_types} does not fit; allowed is {LAYER_TYPE!r} for each of "
                 f"num_hidden_layers={self.num_hidden_layers} layers, or None"
             )
-
-
-def _at_least(config: NystromformerHFDecoderConfig, name: str, smallest: int) -> None:
-    value = getattr(config, name)
-    if value < smallest:
-        raise ValueError(f"{name}={value} is too small; allowed are integers from {smallest}")
-
-
-def _multiple(config: NystromformerHFDecoderConfig, name: str, divisor: str) -> None:
-    value, unit = getattr(config, name), getattr(config, divisor)
-    if value % unit:
-        raise ValueError(f"{name}={value} is not divisible; allowed are multiples of {divisor}={unit}")
 
 
 __all__ = ["NystromformerHFDecoderConfig"]

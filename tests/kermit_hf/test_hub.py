@@ -40,6 +40,7 @@ class TestKermitOnTheHub(GenerativeHubRoundTrip):
         "kermit_attention.py",
         "kernel_attention.py",
         "padding.py",
+        "validation.py",
         "window_attention.py",
     ]
     pushed_heads: ClassVar = ["AutoModelForCausalLM", "AutoModelForSequenceClassification"]

@@ -33,5 +33,6 @@ class TestNystromformerEncoderOnTheHub(HubRoundTrip):
         "configuration_nystromformer_hf.py",
         "checkpoints.py",
         "nystrom_attention.py",
+        "validation.py",
     ]
     pushed_heads: ClassVar = ["AutoModelForMaskedLM"]

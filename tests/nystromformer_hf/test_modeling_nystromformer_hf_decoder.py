@@ -704,6 +704,8 @@ class TestBadInput:
         ("field", "value", "allowed"),
         [
             ("segment_size", 0, "from 1"),
+            ("segment_size", "long", "int"),
+            ("use_qk_norm", 3, "bool"),
             ("near_segments", 0, "from 1"),
             ("num_sink_tokens", -1, "from 0"),
             ("inverse_regularization", 1, "above 1"),
