@@ -1,0 +1,683 @@
+"""Turns a Llama-shaped checkpoint into a KERMIT or a causal Nyströmformer with the same weights.
+
+    python -m conversion_scripts.convert_llama SOURCE OUTPUT --to kermit
+
+The tensors pass through one at a time; the original and the result are then compared where attention is exact.
+"""
+
+import argparse
+import dataclasses
+import inspect
+import re
+import sys
+import types
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+
+if not __package__:
+    # As a plain script: the folder above holds the packages.
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import nn
+from tqdm import tqdm
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.dynamic_module_utils import custom_object_save
+from transformers.utils import is_gguf_available
+from transformers.utils.logging import disable_progress_bar
+
+import kermit_hf.modeling_kermit as kermit
+import nystromformer_hf.modeling_nystromformer_hf_decoder as nystromformer
+from conversion_scripts.checkpoint_files import (
+    Checkpoint,
+    ConversionError,
+    Entry,
+    GGUFCheckpoint,
+    ShardWriter,
+    atomic_folder,
+    check_login,
+    check_output,
+    check_space,
+    find_source,
+    keep_files,
+    listed,
+    push_folder,
+    read_json,
+)
+
+
+class Family(NamedTuple):
+    """What a source's attention has that its config does not say: whether queries, keys and values have biases, the output
+    projection has one, and heads are normed. None: the config's `attention_bias`."""
+
+    attention_bias: bool | None = None
+    attention_output_bias: bool | None = None
+    use_qk_norm: bool = False
+
+
+FAMILIES = {
+    "llama": Family(),
+    "mistral": Family(attention_bias=False, attention_output_bias=False),
+    "qwen2": Family(attention_bias=True, attention_output_bias=False),
+    "qwen3": Family(use_qk_norm=True),
+}
+# Fields that mean the same in source and target.
+SHARED_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "hidden_act",
+    "max_position_embeddings",
+    "initializer_range",
+    "rms_norm_eps",
+    "use_cache",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+    "tie_word_embeddings",
+    "rope_parameters",
+    "attention_dropout",
+)
+# Fields of a target's attention that the source decides; a language model is causal.
+SOURCE_DECIDES = ("use_qk_norm", "attention_output_bias", "is_causal")
+
+# Largest difference of two logits that verification accepts: absolute in float32; in the half precisions, whose rounding
+# grows with the numbers, a share of the largest logit (bfloat16 keeps 8 bits, float16 11).
+TOLERANCES = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 1e-2}
+VERIFIED_TOKENS = 256
+
+
+class Target(NamedTuple):
+    """One of our architectures. `exact_tokens(config)` is the length up to which its attention is the source's."""
+
+    modeling: types.ModuleType
+    model_class: type[PreTrainedModel]
+    exact_tokens: Callable[[PreTrainedConfig], int]
+
+    @property
+    def config_class(self) -> type[PreTrainedConfig]:
+        return self.model_class.config_class
+
+
+def _exact_tokens_of_kermit(config: PreTrainedConfig) -> int:
+    lengths = {
+        "kernel_attention": config.window_size,
+        "sliding_attention": config.sliding_window,
+        "full_attention": config.max_position_embeddings,
+    }
+    return min(lengths[layer_type] for layer_type in config.layer_types)
+
+
+def _exact_tokens_of_nystromformer(config: PreTrainedConfig) -> int:
+    if config.segment_size == 1:
+        return config.max_position_embeddings
+    return config.num_sink_tokens + (config.near_segments + 1) * config.segment_size
+
+
+TARGETS = {
+    "kermit": Target(kermit, kermit.KermitForCausalLM, _exact_tokens_of_kermit),
+    "nystromformer_hf_decoder": Target(
+        nystromformer, nystromformer.NystromformerHFDecoderForCausalLM, _exact_tokens_of_nystromformer
+    ),
+}
+
+FAR_BIAS = -10.0
+
+
+def convert(
+    source: str,
+    output: str | Path,
+    to: str,
+    settings: dict[str, Any] | None = None,
+    *,
+    far_bias: float = FAR_BIAS,
+    seed: int = 0,
+    revision: str | None = None,
+    overwrite: bool = False,
+    max_shard_bytes: int = 5 * 10**9,
+    verify: str | None = "float32",
+    say: Callable[[str], None] = lambda message: None,
+) -> float | None:
+    """Converts the checkpoint `source` (folder, Hub id or GGUF file) into the folder `output`.
+
+    Args:
+        to: key of `TARGETS`.
+        settings: fields of the target's config that the source does not decide.
+        far_bias: start of KERMIT's far-field logit; strongly negative leaves window and sinks alone.
+        seed: of the weights that the source lacks.
+        verify: dtype of the comparison with the original, a key of `TOLERANCES`, or None for no comparison.
+        say: takes the lines that report progress.
+
+    Returns the largest difference of two logits, None where none were compared. Raises `ConversionError`, and leaves no
+    output, where the source is damaged, cannot be mapped, does not fit on the disk, or comes out different.
+    """
+    target, output = TARGETS[to], Path(output).expanduser().resolve()
+    folder, gguf_file = find_source(source, revision)
+    check_output(output, overwrite, folder)
+    source_config = read_config(folder, gguf_file)
+    config = target_config(source_config, target, settings or {})
+    checkpoint = open_checkpoint(folder, gguf_file, source_config)
+    with torch.device("meta"):
+        model = target.model_class(config)
+    plan = plan_weights(checkpoint, model, config)
+    tokenizer = load_tokenizer(folder, gguf_file)
+    check_vocabulary(config, tokenizer)
+
+    dtype = plan.mapped["model.embed_tokens.weight"].dtype
+    own_bytes = sum(tensor.numel() * dtype.itemsize for tensor in plan.own.values())
+    total_bytes = sum(entry.num_bytes for entry in plan.mapped.values()) + own_bytes
+    with atomic_folder(output) as partial:
+        check_space(partial, total_bytes)
+        say(f"{len(plan.mapped)} tensors from {source}, {len(plan.own)} new ones, {total_bytes / 2**20:,.0f} MiB")
+        writer = ShardWriter(partial, max_shard_bytes)
+        with tqdm(total=total_bytes, unit="B", unit_scale=True, desc="converting", disable=None) as progress:
+            for name, tensor in checkpoint.tensors():
+                if (name := plan.names.get(name)) is not None:
+                    writer.add(name, tensor)
+                    progress.update(tensor.nbytes)
+            for name, tensor in own_weights(model, plan.own, seed, far_bias):
+                writer.add(name, tensor.to(dtype))
+                progress.update(tensor.numel() * dtype.itemsize)
+        writer.finish()
+        write_companions(partial, folder, gguf_file, model, dtype, tokenizer)
+        check_tokenizer(partial, tokenizer)
+        return compare(folder, gguf_file, partial, target, verify, seed, say) if verify else None
+
+
+def read_config(folder: Path, gguf_file: str | None) -> PreTrainedConfig:
+    """The source's config, of one of the `FAMILIES`; code that comes with a checkpoint is never run."""
+    if gguf_file and not is_gguf_available():
+        raise ConversionError(
+            "reading GGUF needs the package `gguf`; install it: pip install 'linear-time-transformers[gguf]'"
+        )
+    model_type = None if gguf_file else read_json(folder / "config.json").get("model_type")
+    if not gguf_file and model_type not in FAMILIES:
+        raise ConversionError(
+            f"model_type={model_type!r} in {folder / 'config.json'} is no architecture that can be mapped; allowed are "
+            f"{', '.join(FAMILIES)}"
+        )
+    try:
+        config = AutoConfig.from_pretrained(folder, gguf_file=gguf_file, trust_remote_code=False)
+    except (ValueError, IndexError, KeyError, OSError, NotImplementedError, StrictDataclassError) as error:
+        raise ConversionError(
+            f"the config of {folder / (gguf_file or 'config.json')} cannot be read ({_line(error)}); allowed are "
+            f"{', '.join(FAMILIES)}"
+        ) from error
+    if config.model_type not in FAMILIES:
+        raise ConversionError(
+            f"model_type={config.model_type!r} in {gguf_file} is no architecture that can be mapped; allowed are "
+            f"{', '.join(FAMILIES)}"
+        )
+    if getattr(config, "quantization_config", None) is not None:
+        raise ConversionError(
+            "quantization_config: quantised weights cannot be mapped; load the model, `dequantize()` it and save it, or "
+            "convert the original checkpoint"
+        )
+    return config
+
+
+def target_config(source: PreTrainedConfig, target: Target, settings: dict[str, Any]) -> PreTrainedConfig:
+    """The target's config: the body from the source, attention from `settings`."""
+    family = FAMILIES[source.model_type]
+    fields = {name: getattr(source, name) for name in SHARED_FIELDS}
+    fields["head_dim"] = getattr(source, "head_dim", None)
+    fields["mlp_bias"] = getattr(source, "mlp_bias", False)
+    bias = source.attention_bias if family.attention_bias is None else family.attention_bias
+    fields["attention_bias"] = bias
+    fields["attention_output_bias"] = bias if family.attention_output_bias is None else family.attention_output_bias
+    fields["use_qk_norm"] = family.use_qk_norm
+    for name in ("id2label", "label2id"):
+        fields[name] = getattr(source, name)
+    settings = map_sliding_windows(source, target, settings)
+    if taken := sorted(settings.keys() & fields.keys()):
+        raise ConversionError(f"{', '.join(taken)}: the source decides this; leave it out")
+    try:
+        return target.config_class(**fields, **settings)
+    except (ValueError, StrictDataclassError) as error:
+        raise ConversionError(_line(error)) from error
+
+
+def map_sliding_windows(source: PreTrainedConfig, target: Target, settings: dict[str, Any]) -> dict[str, Any]:
+    """`settings` with the source's own sliding window taken into account, or `ConversionError` where they contradict it.
+
+    No token may be attended exactly that the source's layer never saw.
+    """
+    windows = source_windows(source)
+    if all(window is None for window in windows):
+        return settings
+    if target.modeling is nystromformer:
+        raise ConversionError(
+            f"sliding_window={source.sliding_window} cannot be mapped to {target.config_class.model_type}, whose landmarks "
+            "cover what the source never attended to; convert --to kermit"
+        )
+    settings = dict(settings)
+    layer_types = settings.get("layer_types") or ["kernel_attention"] * len(windows)
+    window_size = settings.get("window_size", target.config_class.window_size)
+    if "sliding_attention" in layer_types:
+        settings.setdefault("sliding_window", source.sliding_window)
+    for index, (window, layer_type) in enumerate(zip(windows, layer_types, strict=False)):
+        reach = {"kernel_attention": window_size, "sliding_attention": settings.get("sliding_window")}.get(layer_type)
+        if window is not None and (reach is None or reach > window):
+            name = {"kernel_attention": "window_size", "sliding_attention": "sliding_window"}.get(layer_type)
+            what = f"layer_types names {layer_type!r}" if name is None else f"{name}={reach}"
+            raise ConversionError(
+                f"{what} for layer {index}, which in the source has sliding_window={window}; allowed are "
+                f"'kernel_attention' with window_size up to {window} and 'sliding_attention' with sliding_window up to {window}"
+            )
+    return settings
+
+
+def source_windows(source: PreTrainedConfig) -> list[int | None]:
+    """Each layer's sliding window; None where it attends to everything within `max_position_embeddings`."""
+    sliding, layers = getattr(source, "sliding_window", None), source.num_hidden_layers
+    layer_types = getattr(source, "layer_types", None)
+    if source.model_type == "llama":
+        sliding, layer_types = None, None  # neither is a field of it
+    if source.model_type == "mistral" and layer_types and len(set(layer_types)) > 1:
+        raise ConversionError("layer_types of a mistral checkpoint has no meaning in its architecture; remove it")
+    if source.model_type == "mistral" or layer_types is None:
+        layer_types = ["full_attention" if sliding is None else "sliding_attention"] * layers
+    unknown = sorted(set(layer_types) - {"full_attention", "sliding_attention"})
+    if unknown or len(layer_types) != layers:
+        raise ConversionError(
+            f"layer_types={layer_types} cannot be mapped; allowed are 'full_attention' and 'sliding_attention' for each of "
+            f"num_hidden_layers={layers} layers"
+        )
+    if sliding is not None and sliding >= source.max_position_embeddings:
+        sliding = None  # longer than any text: no window at all
+    return [sliding if layer_type == "sliding_attention" else None for layer_type in layer_types]
+
+
+def open_checkpoint(folder: Path, gguf_file: str | None, source_config: PreTrainedConfig) -> Checkpoint:
+    if gguf_file is None:
+        return Checkpoint(folder)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(source_config)
+    return GGUFCheckpoint(folder / gguf_file, model)
+
+
+class Plan(NamedTuple):
+    """`names`: the source's names of what is mapped, to ours. `mapped`: ours, to what is in the source. `own`: the weights
+    that the source lacks and that get a start of their own (on the meta device)."""
+
+    names: dict[str, str]
+    mapped: dict[str, Entry]
+    own: dict[str, torch.Tensor]
+
+
+def plan_weights(checkpoint: Checkpoint, model: PreTrainedModel, config: PreTrainedConfig) -> Plan:
+    """Says where every weight of `model` comes from. `ConversionError` names what is missing, too much or misshapen."""
+    wanted = dict(model.state_dict())
+    if config.tie_word_embeddings:
+        wanted.pop("lm_head.weight")
+    # A checkpoint of the body alone, as `LlamaModel.save_pretrained` writes it.
+    prefix = "" if any(name.startswith("model.") for name in checkpoint.entries) else "model."
+    names, unknown = {}, []
+    for name in checkpoint.entries:
+        mapped = name if name == "lm_head.weight" else prefix + name
+        if mapped in wanted:
+            names[name] = mapped
+        elif mapped == "lm_head.weight":
+            # Tied, but stored as well.
+            embedding = checkpoint.read(f"{'' if prefix else 'model.'}embed_tokens.weight")
+            if not torch.equal(checkpoint.read(name), embedding):
+                raise ConversionError(
+                    "lm_head.weight differs from model.embed_tokens.weight, but the config has tie_word_embeddings=true; set "
+                    "that to false, or remove the tensor"
+                )
+        elif not name.endswith("rotary_emb.inv_freq"):  # old checkpoints store what the config says
+            unknown.append(name)
+    mapped = {ours: checkpoint.entries[name] for name, ours in names.items()}
+    missing = {name: tensor for name, tensor in wanted.items() if name not in mapped}
+    own = {name: tensor for name, tensor in missing.items() if is_own(name, model)}
+    lost = sorted(missing.keys() - own.keys())
+    if unknown or lost:
+        excess = f"it holds {listed(unknown)}, which cannot be mapped" if unknown else ""
+        lack = f"it lacks {listed(lost)}" if lost else ""
+        raise ConversionError(
+            f"{checkpoint.folder} does not fit its config: {'; '.join(filter(None, (lack, excess)))}. Is it of another "
+            "architecture, an adapter, or not whole? Copy or download it again, or convert the merged model"
+        )
+    for name, entry in mapped.items():
+        shape = tuple(wanted[name].shape)
+        if entry.dtype is None:
+            raise ConversionError(
+                f"{name} has a dtype that cannot be mapped; allowed are float32, float16, bfloat16: dequantise the source"
+            )
+        if entry.shape != shape and name in ("model.embed_tokens.weight", "lm_head.weight"):
+            raise ConversionError(
+                f"{name} has shape {entry.shape}, but the config has vocab_size={config.vocab_size} and "
+                f"hidden_size={config.hidden_size}; repair config.json, or copy the checkpoint again"
+            )
+        if entry.shape != shape:
+            raise ConversionError(
+                f"{name} has shape {entry.shape}, but the config makes it {shape}; repair config.json"
+            )
+    return Plan(names, mapped, own)
+
+
+def is_own(name: str, model: PreTrainedModel) -> bool:
+    """Whether a weight belongs to our attention alone: a Llama-shaped one has projections, their biases, and norms."""
+    rest = name.partition(".self_attn.")[2]
+    return bool(rest) and rest.split(".")[0] not in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
+
+
+def own_weights(model: PreTrainedModel, own: dict[str, torch.Tensor], seed: int, far_bias: float):
+    """Yields name and value of the weights in `own`, layer by layer, as `model` (on the meta device) starts with."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for index, layer in enumerate(model.model.layers):
+            attention, prefix = layer.self_attn, f"model.layers.{index}.self_attn."
+            for name in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"):
+                if hasattr(attention, name):
+                    setattr(attention, name, nn.Identity())
+            attention.to_empty(device="cpu")
+            attention.apply(model._init_weights)
+            state = attention.state_dict()
+            for name in (name for name in own if name.startswith(prefix)):
+                tensor = state[name.removeprefix(prefix)]
+                if name.endswith(".far_bias"):
+                    tensor = torch.full_like(tensor, far_bias)
+                yield name, tensor
+            attention.to("meta")
+
+
+def load_tokenizer(folder: Path, gguf_file: str | None) -> PreTrainedTokenizerBase | None:
+    """The source's tokenizer, None where it has none."""
+    files = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+    if gguf_file is None and not any((folder / name).is_file() for name in files):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file, trust_remote_code=False)
+    except Exception as error:  # each kind of tokenizer raises its own
+        raise ConversionError(
+            f"the tokenizer of {folder} cannot be read ({_line(error)}); repair it, install what it asks for, or take its "
+            "files away"
+        ) from error
+
+
+def check_vocabulary(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """`ConversionError` if token ids exceed the embedding."""
+    if tokenizer is not None and len(tokenizer) > config.vocab_size:
+        raise ConversionError(
+            f"the tokenizer has {len(tokenizer)} tokens, but the config has vocab_size={config.vocab_size}: it belongs to "
+            "another checkpoint, or tokens were added without `resize_token_embeddings`; put the right tokenizer files there"
+        )
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        ids = getattr(config, name)
+        for token in ids if isinstance(ids, list) else [ids]:
+            if token is not None and token >= config.vocab_size:
+                raise ConversionError(
+                    f"{name}={token} lies outside of vocab_size={config.vocab_size}; repair config.json"
+                )
+
+
+def write_companions(
+    partial: Path,
+    folder: Path,
+    gguf_file: str | None,
+    model: PreTrainedModel,
+    dtype: torch.dtype,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> None:
+    """Everything but the weights, as the model's own `save_pretrained` leaves it: code, config, and what is kept."""
+    config, modeling = model.config, sys.modules[type(model).__module__]
+    module = modeling.__name__.split(".")[-1]
+    config.auto_map = {auto: f"{module}.{head.__name__}" for auto, head in modeling.AUTO_CLASSES.items()}
+    config.architectures = [type(model).__name__]
+    config.dtype = str(dtype).removeprefix("torch.")
+    custom_object_save(model, partial, config=config)
+    config.save_pretrained(partial)
+    if gguf_file:
+        tokenizer.save_pretrained(partial)
+    else:
+        keep_files(folder, partial)
+    if not (partial / "generation_config.json").is_file():
+        GenerationConfig.from_model_config(config).save_pretrained(partial)
+
+
+def check_tokenizer(partial: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Sees to it that the tokenizer loads from beside our config, where its class cannot be told by the model type."""
+    if tokenizer is None:
+        return
+    text = "The quick brown fox, 1,234 times: naïve café\n\n\tdef f(x): return x"
+
+    def same() -> bool:
+        try:
+            kept = AutoTokenizer.from_pretrained(partial, trust_remote_code=True)
+        except Exception:  # each kind of tokenizer raises its own
+            return False
+        return kept(text)["input_ids"] == tokenizer(text)["input_ids"] and kept.chat_template == tokenizer.chat_template
+
+    if not same():
+        tokenizer.save_pretrained(partial)
+        if not same():
+            raise ConversionError("the tokenizer does not come out as it went in; save it anew with `save_pretrained`")
+
+
+def compare(
+    folder: Path,
+    gguf_file: str | None,
+    partial: Path,
+    target: Target,
+    dtype: str,
+    seed: int,
+    say: Callable[[str], None],
+) -> float | None:
+    """Largest difference of the logits of a random prompt, as long as attention is exact. `ConversionError` above the
+    tolerance."""
+    config = target.config_class.from_pretrained(partial)
+    length = min(target.exact_tokens(config), config.max_position_embeddings, VERIFIED_TOKENS)
+    if length < 1:
+        say("not verified: with window_size=0 nothing is attended exactly, so logits differ until training")
+        return None
+    prompt = torch.randint(config.vocab_size, (1, length), generator=torch.Generator().manual_seed(seed))
+
+    @torch.no_grad()
+    def logits(model_class, source, **kwargs) -> torch.Tensor:
+        model = model_class.from_pretrained(source, dtype=getattr(torch, dtype), **kwargs).eval()
+        return model(prompt, use_cache=False).logits.float()
+
+    original = logits(AutoModelForCausalLM, folder, gguf_file=gguf_file, trust_remote_code=False)
+    converted = logits(target.model_class, partial)
+    difference = float((original - converted).abs().max())
+    tolerance = TOLERANCES[dtype] * (1.0 if dtype == "float32" else float(original.abs().max()))
+    verdict = f"largest logit difference {difference:.1e} over {length} tokens in {dtype} (tolerance {tolerance:.1e})"
+    if not difference <= tolerance:  # NaN is no agreement either
+        raise ConversionError(
+            f"the result is not the original: {verdict}; the checkpoint uses something that is not mapped. Nothing was kept"
+        )
+    say(f"verified: {verdict}")
+    return difference
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+class Setting(NamedTuple):
+    """One field of a target's config: its type, default and description."""
+
+    type: Any
+    default: Any
+    help: str
+
+
+def attention_settings(config_class: type[PreTrainedConfig]) -> dict[str, Setting]:
+    """The fields that a config's docstring describes, by name, without those that the source decides."""
+    arguments = inspect.cleandoc(config_class.__doc__).split("Args:\n", 1)[1].split("\n```", 1)[0]
+    fields = {field.name: field for field in dataclasses.fields(config_class)}
+    entries = re.findall(r"^    (\w+) \(.*\):\n((?:        .*\n?)+)", arguments, re.MULTILINE)
+    return {
+        name: Setting(fields[name].type, fields[name].default, " ".join(text.replace("`", "").split()))
+        for name, text in entries
+        if name in fields and name not in SOURCE_DECIDES
+    }
+
+
+def parse_layer_types(text: str) -> list[str]:
+    """`NAME` or `NAME*COUNT`"""
+    name, _, count = text.partition("*")
+    if count and not count.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r}: allowed are NAME and NAME*COUNT")
+    return [name] * int(count or 1)
+
+
+def option_of(settings: Sequence[Setting]) -> dict[str, Any]:
+    """How `argparse` reads a setting that one target has, or several under one name. The config says what is allowed."""
+    kinds = {kind for setting in settings for kind in typing.get_args(setting.type | None)}
+    if bool in kinds:
+        return {"action": argparse.BooleanOptionalAction}
+    if list[str] in kinds:
+        return {"nargs": "+", "type": parse_layer_types, "metavar": "NAME[*COUNT]"}
+    if str in kinds:
+        return {"metavar": "NAME"}
+    optional = any(types.NoneType in typing.get_args(setting.type) for setting in settings)
+
+    def number(text: str) -> int | float | None:
+        if optional and text.lower() == "none":
+            return None
+        return float(text) if float in kinds and not text.lstrip("+-").isdigit() else int(text)
+
+    return {"type": number, "metavar": "N"}
+
+
+EXAMPLES = """examples:
+  a folder to KERMIT with a window of 512 tokens
+    %(prog)s ./SmolLM2-135M ./smollm2-kermit --to kermit --window-size 512
+  from the Hub to a causal Nyströmformer, pushed
+    %(prog)s Qwen/Qwen3-0.6B ./qwen3-nystrom --to nystromformer_hf_decoder --segment-size 16 --near-segments 8 --push-to-hub me/qwen3-nystrom
+  a GGUF file, two layers of thirty left as they are
+    %(prog)s ./model.gguf ./hybrid --to kermit --layer-types full_attention*2 kernel_attention*28
+"""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m conversion_scripts.convert_llama",
+        description="Turns a Llama-shaped checkpoint (llama, mistral, qwen2, qwen3) into one of our architectures, tensor by "
+        "tensor, and compares the two. OUTPUT appears when it is whole, or not at all.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "source", metavar="SOURCE", help="folder, .gguf file, Hub id, or Hub id and .gguf file (user/name/file.gguf)"
+    )
+    parser.add_argument("output", metavar="OUTPUT", help="folder for the result")
+    parser.add_argument("--to", required=True, choices=TARGETS, help="architecture of the result")
+    parser.add_argument("--revision", help="branch, tag or commit of a Hub id")
+    parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint at OUTPUT")
+    parser.add_argument(
+        "--max-shard-size",
+        type=parse_size,
+        default="5GB",
+        metavar="SIZE",
+        help="largest weight file, and about the memory needed to write it (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the new weights and of the prompt (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--verify",
+        default="float32",
+        choices=(*TOLERANCES, "no"),
+        help="dtype in which the original and the result are compared; both are loaded, one after the other. Tolerance 1e-3 in "
+        "float32; in bfloat16 0.05 and in float16 0.01 of the largest logit (default: %(default)s)",
+    )
+    parser.add_argument("--push-to-hub", metavar="USER/NAME", help="upload OUTPUT to this repository")
+    parser.add_argument("--private", action="store_true", help="make that repository a private one, if it is new")
+
+    by_target = {to: attention_settings(target.config_class) for to, target in TARGETS.items()}
+    names = dict.fromkeys(name for settings in by_target.values() for name in settings)
+    groups = {
+        (to,): parser.add_argument_group(f"attention of {to}", argument_default=argparse.SUPPRESS) for to in TARGETS
+    }
+    groups[tuple(TARGETS)] = parser.add_argument_group("attention of both", argument_default=argparse.SUPPRESS)
+    for name in names:
+        owners = tuple(to for to in TARGETS if name in by_target[to])
+        parts = [f"{by_target[to][name].help} (default: {by_target[to][name].default})" for to in owners]
+        if len(parts) > 1:
+            parts = [f"{to}: {part}" for to, part in zip(owners, parts, strict=True)]
+        groups[owners].add_argument(
+            f"--{name.replace('_', '-')}",
+            dest=name,
+            help=" ".join(parts).replace("%", "%%"),
+            **option_of([by_target[to][name] for to in owners]),
+        )
+    groups[("kermit",)].add_argument(
+        "--far-bias",
+        type=float,
+        help=f"start of the far field's logit; strongly negative, the model behaves as window and sinks until training opens the "
+        f"far field (default: {FAR_BIAS})",
+    )
+    return parser
+
+
+def parse_size(text: str) -> int:
+    """Bytes in `5GB`, `200MB`, `100KB`, `12345`."""
+    match = re.fullmatch(r"(\d+)\s*([KMGT]?)B?", text.strip(), re.IGNORECASE)
+    if not match or not int(match[1]):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; allowed are such as 5GB, 200MB")
+    return int(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " ")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = make_parser()
+    options = vars(parser.parse_args(arguments))
+    to = options.pop("to")
+    own = {
+        **dict.fromkeys(attention_settings(TARGETS[to].config_class)),
+        **({"far_bias": None} if to == "kermit" else {}),
+    }
+    others = {name for target in TARGETS.values() for name in attention_settings(target.config_class)} | {"far_bias"}
+    if foreign := sorted((others & options.keys()) - own.keys()):
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in foreign)
+        parser.error(f"{names}: not an option of --to {to}")
+    settings = {name: options[name] for name in own if name in options and name != "far_bias"}
+    if "layer_types" in settings:
+        settings["layer_types"] = [name for part in settings["layer_types"] for name in part]
+
+    repo_id = options["push_to_hub"]
+    disable_progress_bar()  # transformers' own, for each loading
+    try:
+        if repo_id:
+            check_login(repo_id)
+        convert(
+            options["source"],
+            options["output"],
+            to,
+            settings,
+            far_bias=options.get("far_bias", FAR_BIAS),
+            seed=options["seed"],
+            revision=options["revision"],
+            overwrite=options["overwrite"],
+            max_shard_bytes=options["max_shard_size"],
+            verify=None if options["verify"] == "no" else options["verify"],
+            say=print,
+        )
+        print(f"{options['output']}: load it with AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True)")
+        if repo_id:
+            message = f"Converted from {options['source']}"
+            print(push_folder(Path(options["output"]).expanduser(), repo_id, options["private"], message))
+    except ConversionError as error:
+        raise SystemExit(f"convert_llama: {error}") from error
+
+
+if __name__ == "__main__":
+    main()
