@@ -167,7 +167,7 @@ def additive_chunked(
 
 class _AdditiveChunks(torch.autograd.Function):
     """The additive rule without forgetting, in chunks. Its backward pass is written out: it sums products inside the
-    matrix multiplication, where autograd would write each of them to memory and add them up afterwards.
+    matrix multiplication, where autograd would write each of them to memory and add them up afterwards. First derivatives only.
 
     Takes queries (batch, kv_heads, chunks, groups * chunk_size, feature_dim), key (..., chunk_size, feature_dim), value
     (..., chunk_size, head_dim) and the initial memory. Returns numerator, denominator (..., 1) and the last memory.

@@ -41,7 +41,12 @@ def load_whole(
 def missing_keys(model: PreTrainedModel, info: dict, own_weights: tuple[str, ...]) -> list[str]:
     """Weights of the body that were not in a checkpoint and that nothing but training could replace."""
     body = "" if model.base_model is model else f"{model.base_model_prefix}."
-    return sorted(key for key in info["missing_keys"] if key.startswith(body) and not key.endswith(own_weights))
+    missing = {key for key in info["missing_keys"] if key.startswith(body)}
+    for ending in own_weights:
+        # A model trained without this part lacks it in every layer; one layer alone is damage.
+        if (own := {key for key in model.state_dict() if key.endswith(ending)}) <= missing:
+            missing -= own
+    return sorted(missing)
 
 
 def damage(source, **kwargs) -> str:

@@ -37,7 +37,7 @@ from .nystrom_attention import Padding, nystrom_attention, nystrom_attention_eag
 # The first two rows of the position table belong to no position, a habit inherited from RoBERTa.
 POSITION_OFFSET = 2
 
-# Weights that a BERT checkpoint lacks, which fine-tuning may start from.
+# Weights that an encoder trained without convolution lacks, which fine-tuning may start from.
 OWN_WEIGHTS = ("attention.self.conv.weight",)
 
 # The same function, in one kernel instead of eight.

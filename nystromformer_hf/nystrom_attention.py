@@ -388,7 +388,8 @@ CONVOLUTION_BLOCK = 32
 
 
 class _BlockedConvolution(torch.autograd.Function):
-    """`value_convolution` of value (batch, heads, seq, head_dim) with weight (heads, kernel_size), plus residual or None."""
+    """`value_convolution` of value (batch, heads, seq, head_dim) with weight (heads, kernel_size), plus residual or None; first
+    derivatives only."""
 
     @staticmethod
     def forward(ctx, value, weight, residual):
@@ -402,16 +403,24 @@ class _BlockedConvolution(torch.autograd.Function):
     def backward(ctx, grad):
         value, weight = ctx.saved_tensors
         before, grad_value, grad_weight = weight.shape[1] // 2, None, None
-        if ctx.needs_input_grad[0]:
-            grad_value = _convolve(grad, weight.flip(1), weight.shape[1] - 1 - before)
-        if ctx.needs_input_grad[1]:
-            windows = _windows(value, before, weight.shape[1])
-            blocks = _windows(grad, 0, weight.shape[1])[:, :, :CONVOLUTION_BLOCK]
-            bands = [torch.bmm(block, window.mT).sum(0) for block, window in zip(blocks, windows, strict=True)]
-            taps = _taps(weight.shape[1], weight.device).flatten()
-            sums = weight.new_zeros(weight.shape[0], weight.shape[1] + 1)
-            grad_weight = sums.index_add_(1, taps, torch.stack(bands).flatten(1))[:, :-1]
+        with torch.autocast(grad.device.type, enabled=False):
+            if ctx.needs_input_grad[0]:
+                grad_value = _convolve(grad, weight.flip(1), weight.shape[1] - 1 - before)
+            if ctx.needs_input_grad[1]:
+                grad_weight = _kernel_gradient(grad, value, weight)
         return grad_value, grad_weight, grad if ctx.needs_input_grad[2] else None
+
+
+def _kernel_gradient(grad: torch.Tensor, value: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Of each band of weights, then summed along its diagonals; in float32 or better."""
+    heads, kernel_size = weight.shape
+    dtype = _at_least_float32(weight.dtype)
+    windows = _windows(value, kernel_size // 2, kernel_size)
+    blocks = _windows(grad, 0, kernel_size)[:, :, :CONVOLUTION_BLOCK]
+    bands = [torch.bmm(block, window.mT).sum(0, dtype=dtype) for block, window in zip(blocks, windows, strict=True)]
+    sums = torch.zeros(heads, kernel_size + 1, dtype=dtype, device=weight.device)
+    sums.index_add_(1, _taps(kernel_size, weight.device).flatten(), torch.stack(bands).flatten(1))
+    return sums[:, :-1].to(weight.dtype)
 
 
 def _convolve(value: torch.Tensor, weight: torch.Tensor, before: int) -> torch.Tensor:

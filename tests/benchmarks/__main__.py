@@ -4,7 +4,7 @@ python -m tests.benchmarks                                       # everything, a
 python -m tests.benchmarks --only kermit-forward kermit-decoding
 python -m tests.benchmarks --lengths 512 4096 --output /tmp/bench
 
-Two more have their own command: tests.benchmarks.recall (what KERMIT's settings remember) and
+Two more have their own command: tests.benchmarks.learning (what KERMIT's settings learn) and
 tests.benchmarks.approximation (how close Nyström attention comes to softmax).
 """
 
@@ -81,6 +81,8 @@ def check(section: Section, results: list[Result]) -> bool:
             what = f"{target.contender} vs {target.rival} at {target.length:,}"
         elif isinstance(target, Flat):
             first, last = lengths[0], lengths[-1]
+            if first == last:
+                continue
             ratio = seconds[target.contender, last] / seconds[target.contender, first]
             figure, met = f"{ratio:.2f}, target <= {target.ratio:g}", ratio <= target.ratio
             what = f"{target.contender}: time at {last:,} over {first:,}"

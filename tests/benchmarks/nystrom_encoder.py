@@ -42,7 +42,7 @@ def attention_cores(seq_len: int, batch: int = 1, backward: bool = False) -> dic
     ours.load_state_dict(theirs.state_dict())  # also because fresh memory may hold denormal numbers, which are slow
     for attention in (theirs, ours):
         attention.query = attention.key = attention.value = nn.Identity()
-    hidden = torch.randn(batch, seq_len, HEADS * HEAD_DIM, requires_grad=backward)
+    hidden = torch.randn(batch, seq_len, HEADS * HEAD_DIM)
 
     def softmax_attention(hidden_states: torch.Tensor) -> tuple[torch.Tensor]:
         heads = hidden_states.unflatten(2, (HEADS, HEAD_DIM)).transpose(1, 2)
@@ -71,7 +71,7 @@ def encoder_layers(seq_len: int, batch: int = 1, backward: bool = False) -> dict
         "transformers": NystromformerLayer(theirs_config),
     }
     layers["ours"].load_state_dict(layers["transformers"].state_dict())
-    hidden = torch.randn(batch, seq_len, HEADS * HEAD_DIM, requires_grad=backward)
+    hidden = torch.randn(batch, seq_len, HEADS * HEAD_DIM)
     return {name: _run(layer.eval(), hidden, backward) for name, layer in layers.items()}
 
 
@@ -83,7 +83,7 @@ class _Thrice(nn.Module):
 def _run(function: Callable, hidden: torch.Tensor, backward: bool) -> Callable[[], None]:
     def run() -> None:
         with torch.set_grad_enabled(backward):
-            output = function(hidden)
+            output = function(hidden.detach().requires_grad_(backward))
             if backward:
                 (output[0] if isinstance(output, tuple) else output).sum().backward()
 

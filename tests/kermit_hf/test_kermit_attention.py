@@ -508,3 +508,31 @@ def test_segments_change_nothing(rule, window, monkeypatch):
     tolerance = 1e-4 if window else 1e-9
     for ours, whole in zip(in_segments, run(), strict=True):
         assert (ours - whole).abs().max() <= tolerance * whole.abs().max()
+
+
+def test_a_tiny_denominator_leaves_the_gradient_finite():
+    """The features of a long key are as small as e^-60: dividing by the square of their sum would overflow float32."""
+    numerator = torch.full((1, 1, 3, 4), 1e-21).requires_grad_()
+    denominator = torch.tensor([1e-21, 1e-25, 1.0]).view(1, 1, 3).requires_grad_()
+    far = kermit_attention.FarReadout(numerator, denominator, None, None, None)
+    value, logit = kermit_attention._virtual_token(far, torch.zeros(1, 1, 3), None)
+    for gradient in torch.autograd.grad(value.sum() + logit.sum(), (numerator, denominator)):
+        assert torch.isfinite(gradient).all()
+
+
+def test_the_gradient_of_the_far_fields_division():
+    inputs = torch.randn(2, 3, 4).double().requires_grad_(), (torch.rand(2, 3, 1).double() + 0.1).requires_grad_()
+    assert torch.autograd.gradcheck(kermit_attention._Divide.apply, inputs)
+    assert torch.autograd.gradgradcheck(kermit_attention._Divide.apply, inputs)
+
+
+@pytest.mark.parametrize("padding", ["none", "left"])
+def test_no_step_backwards_gives_nan(padding):
+    """Queries without a far field have nothing to divide by; what is masked must not be NaN on the way either."""
+    model = make_model(KermitModel, update_rule="additive", feature_map="elu", window_size=4, num_sink_tokens=2)
+    mask = torch.tensor(PADDINGS[padding])
+    states = torch.randn(2, LENGTH, model.config.hidden_size, requires_grad=True)
+    with torch.autograd.detect_anomaly(check_nan=True):
+        output = model(inputs_embeds=states, attention_mask=mask).last_hidden_state
+        output[mask.bool()].sum().backward()
+    assert torch.isfinite(states.grad).all()

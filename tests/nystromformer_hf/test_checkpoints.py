@@ -117,3 +117,20 @@ def test_the_convolution_may_be_switched_on_for_an_encoder_trained_without(tmp_p
     NystromformerHFForMaskedLM(helpers.tiny_config(conv_kernel_size=None)).save_pretrained(tmp_path)
     loaded = NystromformerHFForMaskedLM.from_pretrained(tmp_path, conv_kernel_size=5)
     assert loaded.nystromformer.encoder.layer[1].attention.self.conv.weight.shape == (4, 1, 5, 1)
+
+
+def test_one_missing_convolution_is_damage(saved):
+    """The others were trained with theirs: drawing a single one anew would change the model silently."""
+    head, folder, layers = saved
+    config = {"conv_kernel_size": 3} if head is NystromformerHFDecoderForCausalLM else {}
+    model = head.from_pretrained(folder, **config)
+    model.save_pretrained(folder)
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    (lost,) = [
+        key for key in weights if key.startswith(f"{layers}.1.") and key.endswith(("conv.weight", "conv_weight"))
+    ]
+    del weights[lost]
+    save_file(weights, path, {"format": "pt"})
+    with pytest.raises(ValueError, match=f"it lacks {re.escape(lost)}"):
+        head.from_pretrained(folder)
