@@ -26,8 +26,8 @@ from safetensors.torch import save_file
 from kermit_hf.checkpoints import incomplete_keys, listed
 
 
-# Weights are fetched in one format only, in this order; everything else that may belong to a checkpoint is small.
-WEIGHT_PATTERNS = ("*.safetensors", "*.bin")
+# Names of the weights without and with an index of shards, best first; everything else a checkpoint needs is small.
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "LICENSE*", "NOTICE*", "USE_POLICY*")
 # Files that go along unchanged.
 KEPT_FILES = (
@@ -78,8 +78,8 @@ class Checkpoint:
 
     @cached_property
     def paths(self) -> list[Path]:
-        for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
-            index = self.folder / f"{stem}.{suffix}.index.json"
+        for name in WEIGHT_FILES:
+            index = self.folder / f"{name}.index.json"
             if index.is_file():
                 names = sorted(set(read_json(index).get("weight_map", {}).values()))
                 if outside := [name for name in names if Path(name).name != name]:
@@ -91,7 +91,7 @@ class Checkpoint:
                         f"{self.folder} lacks {', '.join(absent)}, which {index.name} names; copy or download it again"
                     )
                 return [self.folder / name for name in names]
-            if (path := self.folder / f"{stem}.{suffix}").is_file():
+            if (path := self.folder / name).is_file():
                 return [path]
         raise ConversionError(
             f"{self.folder} holds no weights; it needs model.safetensors or pytorch_model.bin, alone or in shards with "
@@ -188,6 +188,12 @@ class GGUFCheckpoint(Checkpoint):
             )
         return reader
 
+    @property
+    def num_tokens(self) -> int:
+        """Of the tokenizer in the file; transformers' own tokenizer may get some more, which no text contains."""
+        tokens = self.reader.fields.get("tokenizer.ggml.tokens")
+        return 0 if tokens is None else len(tokens.data)
+
     @cached_property
     def _names(self) -> tuple[object, dict[str, str]]:
         from transformers.modeling_gguf_pytorch_utils import (
@@ -241,6 +247,9 @@ def find_source(source: str, revision: str | None = None) -> tuple[Path, str | N
     """
     path = Path(source).expanduser()
     if path.is_dir():
+        others = sorted(path.glob("*.gguf"))
+        if others and not (path / "config.json").is_file():
+            raise ConversionError(f"{path} holds GGUF files; give the path of one, such as {others[0]}")
         return path.resolve(), None
     if path.is_file():
         if path.suffix != ".gguf":
@@ -257,9 +266,12 @@ def find_source(source: str, revision: str | None = None) -> tuple[Path, str | N
                 raise ConversionError(f"{repo_id} holds no file {gguf_file}; look it up on the Hub")
             return path.parent, path.name
         folder = snapshot_download(repo_id, revision=revision, allow_patterns=list(SMALL_FILES))
-        for pattern in WEIGHT_PATTERNS:
-            folder = snapshot_download(repo_id, revision=revision, allow_patterns=[pattern])
-            if any(Path(folder).glob(pattern)):
+        for name in WEIGHT_FILES:
+            # Not all that ends like a weight file: a repository may hold the same weights twice.
+            index = Path(folder, f"{name}.index.json")
+            names = sorted(set(read_json(index).get("weight_map", {}).values())) if index.is_file() else [name]
+            folder = snapshot_download(repo_id, revision=revision, allow_patterns=names)
+            if Path(folder, names[0]).is_file():
                 break
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
@@ -384,7 +396,12 @@ def atomic_folder(output: Path) -> Iterator[Path]:
         replaced = output.parent / f".{output.name}.replaced-{os.getpid()}"
         if output.exists():
             output.rename(replaced)
-        partial.rename(output)
+        try:
+            partial.rename(output)
+        except OSError:
+            if replaced.exists():
+                replaced.rename(output)
+            raise
         shutil.rmtree(replaced, ignore_errors=True)
     except OSError as error:
         if error.errno != errno.ENOSPC:

@@ -176,7 +176,7 @@ def convert(
         model = target.model_class(config)
     plan = plan_weights(checkpoint, model, config)
     tokenizer = load_tokenizer(folder, gguf_file)
-    check_vocabulary(config, tokenizer)
+    check_vocabulary(config, checkpoint.num_tokens if gguf_file else None if tokenizer is None else len(tokenizer))
 
     dtype = plan.mapped["model.embed_tokens.weight"].dtype
     own_bytes = sum(tensor.numel() * dtype.itemsize for tensor in plan.own.values())
@@ -213,7 +213,7 @@ def read_config(folder: Path, gguf_file: str | None) -> PreTrainedConfig:
         )
     try:
         config = AutoConfig.from_pretrained(folder, gguf_file=gguf_file, trust_remote_code=False)
-    except (ValueError, IndexError, KeyError, OSError, NotImplementedError, StrictDataclassError) as error:
+    except Exception as error:  # the reader of a damaged GGUF file raises whatever it stumbles upon
         raise ConversionError(
             f"the config of {folder / (gguf_file or 'config.json')} cannot be read ({_line(error)}); allowed are "
             f"{', '.join(FAMILIES)}"
@@ -241,8 +241,6 @@ def target_config(source: PreTrainedConfig, target: Target, settings: dict[str, 
     fields["attention_bias"] = bias
     fields["attention_output_bias"] = bias if family.attention_output_bias is None else family.attention_output_bias
     fields["use_qk_norm"] = family.use_qk_norm
-    for name in ("id2label", "label2id"):
-        fields[name] = getattr(source, name)
     settings = map_sliding_windows(source, target, settings)
     if taken := sorted(settings.keys() & fields.keys()):
         raise ConversionError(f"{', '.join(taken)}: the source decides this; leave it out")
@@ -411,11 +409,11 @@ def load_tokenizer(folder: Path, gguf_file: str | None) -> PreTrainedTokenizerBa
         ) from error
 
 
-def check_vocabulary(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None) -> None:
-    """`ConversionError` if token ids exceed the embedding."""
-    if tokenizer is not None and len(tokenizer) > config.vocab_size:
+def check_vocabulary(config: PreTrainedConfig, num_tokens: int | None) -> None:
+    """`ConversionError` if token ids exceed the embedding; `num_tokens` is the tokenizer's number of them."""
+    if num_tokens is not None and num_tokens > config.vocab_size:
         raise ConversionError(
-            f"the tokenizer has {len(tokenizer)} tokens, but the config has vocab_size={config.vocab_size}: it belongs to "
+            f"the tokenizer has {num_tokens} tokens, but the config has vocab_size={config.vocab_size}: it belongs to "
             "another checkpoint, or tokens were added without `resize_token_embeddings`; put the right tokenizer files there"
         )
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):

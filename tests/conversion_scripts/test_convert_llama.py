@@ -546,6 +546,7 @@ class TestCommandLine:
         model = save_checkpoint(source, shard="50KB")
         with HubServer() as hub:
             files = {path.name: path.read_bytes() for path in source.iterdir()}
+            files["consolidated.safetensors"] = b"the same weights once more"
             hub.create(json.dumps({"name": "original"}).encode())
             hub.repositories["tester/original"].commit("upload", files)
             options = ["--to", "nystromformer_hf_decoder", "--push-to-hub", "tester/converted"]
@@ -554,6 +555,7 @@ class TestCommandLine:
             assert result.returncode == 0, result.stderr
             assert "tester/converted" in result.stdout
             pushed = hub.files("tester/converted")
+            assert not list((tmp_path / "home").rglob("consolidated*"))
             other = self.run("tester/none", str(tmp_path / "other"), "--to", "kermit", env=environment)
         assert {path.name for path in output.iterdir()} <= pushed.keys()
         assert difference(model, output) < PARITY
