@@ -11,6 +11,7 @@ import shutil
 import signal
 import sys
 import threading
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -142,7 +143,9 @@ class _PickledFile:
 
     def __init__(self, path: Path):
         try:
-            self.tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            # The format of before torch 1.6 cannot be mapped.
+            mmap = zipfile.is_zipfile(path)
+            self.tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         except Exception as error:  # pickle, zip and torch each raise their own
             reason = str(error).splitlines()[0]
             raise ConversionError(
@@ -156,7 +159,7 @@ class _PickledFile:
             raise ConversionError(f"{path} holds more than weights: {listed(others)}; save the state dict alone")
 
     def get_tensor(self, name: str) -> torch.Tensor:
-        return self.tensors[name]
+        return self.tensors[name].clone()  # safetensors takes no two names of one memory
 
 
 class GGUFCheckpoint(Checkpoint):

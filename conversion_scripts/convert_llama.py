@@ -332,8 +332,8 @@ def plan_weights(checkpoint: Checkpoint, model: PreTrainedModel, config: PreTrai
             names[name] = mapped
         elif mapped == "lm_head.weight":
             # Tied, but stored as well.
-            embedding = checkpoint.read(f"{'' if prefix else 'model.'}embed_tokens.weight")
-            if not torch.equal(checkpoint.read(name), embedding):
+            embedding = f"{'' if prefix else 'model.'}embed_tokens.weight"
+            if embedding in checkpoint.entries and not torch.equal(checkpoint.read(name), checkpoint.read(embedding)):
                 raise ConversionError(
                     "lm_head.weight differs from model.embed_tokens.weight, but the config has tie_word_embeddings=true; set "
                     "that to false, or remove the tensor"
@@ -675,6 +675,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(push_folder(Path(options["output"]).expanduser(), repo_id, options["private"], message))
     except ConversionError as error:
         raise SystemExit(f"convert_llama: {error}") from error
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

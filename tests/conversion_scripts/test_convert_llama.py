@@ -149,9 +149,14 @@ def test_verification_in_half_precision(verify, source, output):
     assert 0 < convert(str(source), output, "kermit", verify=verify) < 1.0
 
 
-def test_pickled_weights(source, output):
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_pickled_weights(zipped, source, output):
     model = save_checkpoint(source)
-    torch.save(load_file(source / "model.safetensors"), source / "pytorch_model.bin")
+    weights = load_file(source / "model.safetensors")
+    # One memory under two names, which safetensors does not take.
+    model.lm_head.weight = model.model.embed_tokens.weight
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    torch.save(weights, source / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
     (source / "model.safetensors").unlink()
     convert(str(source), output, "kermit", verify=None)
     assert difference(model, output) < PARITY
@@ -386,6 +391,12 @@ class TestRefusals:
         save_checkpoint(source)
         edit_weights(source, lambda weights: weights.pop("lm_head.weight"))
         assert_refused(r"lacks lm_head\.weight", source, output)
+
+    def test_missing_embedding(self, source, output):
+        save_checkpoint(source)
+        edit_json(source / "config.json", tie_word_embeddings=True)
+        edit_weights(source, lambda weights: weights.pop("model.embed_tokens.weight"))
+        assert_refused(r"lacks model\.embed_tokens\.weight", source, output)
 
     def test_key_that_has_no_place(self, source, output):
         save_checkpoint(source)
