@@ -42,7 +42,7 @@ class KermitConfig(PreTrainedConfig):
             added by `register_feature_map`. Defaults to `"silu_l2"` for the delta rule, `"hedgehog"` for the additive.
         feature_dim (`int`, *optional*):
             Size of the feature map; each map states what it counts and its default.
-        forget_gate (`bool`, defaults to `True`):
+        forget_gate (`bool`, defaults to `False`):
             Whether the memory decays by a factor that each token sets, per key/value head.
         conv_kernel_size (`int`, defaults to 4):
             Taps of a depthwise convolution, causal where the model is, on queries, keys and values, which starts as the
@@ -106,7 +106,7 @@ class KermitConfig(PreTrainedConfig):
     update_rule: str = "delta"
     feature_map: str | None = None
     feature_dim: int | None = None
-    forget_gate: bool = True
+    forget_gate: bool = False
     conv_kernel_size: int = 4
     is_causal: bool = True
     layer_types: list[str] | None = None

@@ -25,17 +25,19 @@ from kermit_hf import KermitConfig, KermitForCausalLM
 from kermit_hf.quickstart import load_corpus, token_blocks, train_tokenizer
 
 
+GATED = {"forget_gate": True}
+ADDITIVE = {"update_rule": "additive", **GATED}
 SETTINGS = {
-    "delta, gate, conv 4 (default)": {},
-    "delta, no gate, conv 4": {"forget_gate": False},
-    "delta, gate, no conv": {"conv_kernel_size": 0},
-    "delta, gate, conv 4, elu": {"feature_map": "elu"},
-    "delta, gate, conv 4, dpfp": {"feature_map": "dpfp"},
-    "additive, gate, conv 4, hedgehog": {"update_rule": "additive", "feature_map": "hedgehog"},
-    "additive, gate, conv 4, elu": {"update_rule": "additive", "feature_map": "elu"},
-    "additive, gate, conv 4, taylor": {"update_rule": "additive", "feature_map": "taylor"},
-    "additive, gate, conv 4, dpfp": {"update_rule": "additive", "feature_map": "dpfp"},
-    "additive, gate, conv 4, favor": {"update_rule": "additive", "feature_map": "favor"},
+    "delta, conv 4 (default)": {},
+    "delta, gate, conv 4": GATED,
+    "delta, gate, no conv": {**GATED, "conv_kernel_size": 0},
+    "delta, gate, conv 4, elu": {**GATED, "feature_map": "elu"},
+    "delta, gate, conv 4, dpfp": {**GATED, "feature_map": "dpfp"},
+    "additive, gate, conv 4, hedgehog": {**ADDITIVE, "feature_map": "hedgehog"},
+    "additive, gate, conv 4, elu": {**ADDITIVE, "feature_map": "elu"},
+    "additive, gate, conv 4, taylor": {**ADDITIVE, "feature_map": "taylor"},
+    "additive, gate, conv 4, dpfp": {**ADDITIVE, "feature_map": "dpfp"},
+    "additive, gate, conv 4, favor": {**ADDITIVE, "feature_map": "favor"},
     "softmax over everything": {"window_size": 4096},
 }
 

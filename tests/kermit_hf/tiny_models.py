@@ -18,6 +18,7 @@ BODY = {
     "pad_token_id": PAD,
     "bos_token_id": None,
     "eos_token_id": None,
+    "forget_gate": True,
 }
 
 KERNEL, FULL, SLIDING = "kernel_attention", "full_attention", "sliding_attention"
