@@ -26,7 +26,7 @@ import torch.nn.functional as F
 
 
 # Queries that the blocked form treats at a time: as many as the near field has tokens, within these limits.
-BLOCK_SIZES = (128, 512)
+BLOCK_SIZES = (192, 512)
 
 
 class Landmarks(NamedTuple):
@@ -125,20 +125,33 @@ def causal_nystrom_blocked(
     block = min(max(segment_size * near_segments, BLOCK_SIZES[0]), BLOCK_SIZES[1])
     # Pieces rather than overlapping slices, whose gradients would each be as large as the whole sequence.
     key_pieces, value_pieces = context.keys.split(block, 2), context.values.split(block, 2)
-    outputs, begin = [], 0
+    outputs, begin, everywhere = [], 0, None
     for queries in query.split(block, 2):
         end = begin + queries.shape[2]
         low, high = _key_range(context, begin, end, segment_size, near_segments)
-        seen = landmarks.keys.shape[2]
+        count = seen = landmarks.keys.shape[2]
+        repeats = False
         if isinstance(context.start, int):
-            seen = min(max((context.start + end - 1) // segment_size - near_segments, 0), seen)
-        keys = [context.sink_keys, *_window(key_pieces, block, low, high), landmarks.keys[:, :, :seen]]
+            seen = min(max((context.start + end - 1) // segment_size - near_segments, 0), count)
+            # Blocks of whole segments whose near field is whole differ by nothing but the number of older landmarks.
+            repeats = end - begin == block and block % segment_size == 0 and context.first + low >= 0
+        keys = [landmarks.keys[:, :, :seen], context.sink_keys, *_window(key_pieces, block, low, high)]
         keys = torch.cat([_repeat(part, groups) for part in keys], 2)
         values = [context.sink_values, *_window(value_pieces, block, low, high)]
-        values = torch.cat([_repeat(part, groups) for part in values] + [landmarks.values[:, :, :seen]], 2)
-        query_index = _arange(context.start, begin, end, query.device)
-        key_index = _arange(context.first, low, high, query.device)
-        bias = _bias(query_index, key_index, sinks, context.num_sink_tokens, seen, segment_size, near_segments, dtype)
+        values = torch.cat([landmarks.values[:, :, :seen]] + [_repeat(part, groups) for part in values], 2)
+        bias = everywhere
+        if not repeats or everywhere is None:
+            # As of a later block that has all landmarks behind it.
+            later = (count - seen) * segment_size if repeats else 0
+            query_index = _arange(context.start, begin + later, end + later, query.device)
+            key_index = _arange(context.first, low + later, high + later, query.device)
+            columns = count if repeats else seen
+            bias = _bias(
+                query_index, key_index, sinks, context.num_sink_tokens, columns, segment_size, near_segments, dtype
+            )
+            everywhere = bias if repeats else everywhere
+        if repeats:
+            bias = bias[..., count - seen :]
         outputs.append(
             F.scaled_dot_product_attention(
                 queries.to(dtype),
@@ -167,7 +180,7 @@ def causal_nystrom_step(
     dtype = _accumulation_dtype(query)
     kv_heads, sinks = context.keys.shape[1], context.sink_keys.shape[2]
     grouped = query.to(dtype).unflatten(1, (kv_heads, -1)).squeeze(3)
-    keys = torch.cat([context.sink_keys, context.keys, landmarks.keys], 2).to(dtype)
+    keys = torch.cat([landmarks.keys, context.sink_keys, context.keys], 2).to(dtype)
     values = torch.cat([context.sink_values, context.values], 2).to(dtype)
     query_index = _arange(context.start, 0, 1, query.device)
     key_index = _arange(context.first, 0, context.keys.shape[2], query.device)
@@ -182,7 +195,7 @@ def causal_nystrom_step(
         dtype,
     )
     weights = F.dropout((grouped @ keys.mT * scaling + bias[:, None]).softmax(-1), dropout)
-    exact, far = weights.split([values.shape[2], landmarks.keys.shape[2]], -1)
+    far, exact = weights.split([landmarks.keys.shape[2], values.shape[2]], -1)
     heads = (exact @ values).flatten(1, 2)[:, :, None]
     far = far.flatten(1, 2)[:, :, None]
     return CausalNystromOutput(heads + far @ landmarks.values.to(dtype), landmarks)
@@ -208,12 +221,12 @@ def causal_nystrom_reference(
     landmarks = extend_landmarks(context, segment_size, regularization, scaling)
     count = landmarks.keys.shape[2]
 
-    keys = torch.cat([context.sink_keys, context.keys, landmarks.keys], 2).to(dtype)
+    keys = torch.cat([landmarks.keys, context.sink_keys, context.keys], 2).to(dtype)
     query_index = _arange(context.start, 0, length, device)
     key_index = _arange(context.first, 0, context.keys.shape[2], device)
     bias = _bias(query_index, key_index, sinks, num_sink_tokens, count, segment_size, near_segments, dtype)
     weights = F.dropout((query.to(dtype) @ _repeat(keys, groups).mT * scaling + bias[:, None]).softmax(-1), dropout)
-    sink, near, far = weights.split([sinks, context.keys.shape[2], count], -1)
+    far, sink, near = weights.split([count, sinks, context.keys.shape[2]], -1)
 
     # From slots to columns: token index + num_sink_tokens. Sinks that still stand in slots are placed as sinks.
     sink_column, near_column = torch.arange(sinks, device=device)[None], key_index + num_sink_tokens
@@ -395,7 +408,7 @@ def _bias(
     near_segments: int,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """What is added to the scores of sinks, slots and landmarks, (batch or 1, queries, all keys): 0 where a query attends
+    """What is added to the scores of landmarks, sinks and slots, (batch or 1, queries, all keys): 0 where a query attends
     exactly, log c for a landmark, -inf where it does not look. query_index, key_index: (batch or 1, count)."""
     query_index = query_index[..., None]
     query_segment = torch.div(query_index, segment_size, rounding_mode="floor")
@@ -407,7 +420,7 @@ def _bias(
     bias = torch.zeros((), dtype=dtype, device=query_index.device)
     exact = torch.cat([sink, near], -1)
     exact = torch.where(exact, bias, float("-inf"))
-    return torch.cat([exact, torch.where(far, bias + math.log(segment_size), float("-inf"))], -1)
+    return torch.cat([torch.where(far, bias + math.log(segment_size), float("-inf")), exact], -1)
 
 
 def _key_range(context: Context, begin: int, end: int, segment_size: int, near_segments: int) -> tuple[int, int]:
