@@ -231,7 +231,7 @@ def test_loads_where_the_packages_are_not_installed(to, source, output, tmp_path
 
 def test_new_weights_are_the_same_every_time_and_follow_the_seed(source, tmp_path):
     save_checkpoint(source)
-    settings = {"update_rule": "additive", "feature_map": "taylor", "feature_dim": 4}
+    settings = {"update_rule": "additive", "feature_map": "taylor", "feature_dim": 4, "forget_gate": True}
     weights = {}
     for name, seed in (("first", 0), ("second", 0), ("other", 1)):
         torch.manual_seed(len(name))
