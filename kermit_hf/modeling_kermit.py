@@ -137,7 +137,7 @@ class KermitKernelAttention(KermitSoftmaxAttention):
         self.feature_map = feature_map(self.head_dim, config.feature_dim, heads, key_value_heads)
         self.feature_map.unit_norm = config.update_rule == "delta"
         if config.window_size > 0:
-            # The far field's logit is linear in the query; zero weights and bias leave the additive rule's own scale as it is.
+            # The far field's logit is linear in the query; zero weights and bias leave the kernel's own scale as it is.
             self.far_query = nn.Parameter(torch.empty(heads, self.head_dim))
             self.far_bias = nn.Parameter(torch.empty(heads))
         if config.update_rule == "delta":
@@ -152,8 +152,7 @@ class KermitKernelAttention(KermitSoftmaxAttention):
     def init_weights(self) -> None:
         if self.config.window_size > 0:
             init.zeros_(self.far_query)
-            # The delta rule's values come out of a norm, larger than those near by: at 0 they would drown them at first.
-            init.constant_(self.far_bias, -2.0 if self.config.update_rule == "delta" else 0.0)
+            init.zeros_(self.far_bias)
         if self.config.forget_gate:
             # Heads start with half-lives from about 20 to 10,000 tokens, so that some of them remember far.
             forget = torch.logspace(-1.5, -4, self.forget_proj.out_features)

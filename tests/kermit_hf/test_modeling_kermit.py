@@ -686,10 +686,3 @@ def test_an_integer_4d_mask():
 def test_an_impossible_dropout():
     with pytest.raises(ValueError, match=r"attention_dropout=1.5"):
         tiny_config("delta", attention_dropout=1.5)
-
-
-@pytest.mark.parametrize(("update_rule", "bias"), [("delta", -2.0), ("additive", 0.0)])
-def test_the_far_fields_logit_starts_where_it_learns_best(update_rule, bias):
-    """0 is the additive rule's own scale; the delta rule's normalised values start small beside the near field."""
-    layer = KermitForCausalLM(tiny_config(update_rule)).model.layers[0].self_attn
-    assert (layer.far_bias == bias).all() and not layer.far_query.any()
