@@ -25,6 +25,12 @@ class KermitConfig(PreTrainedConfig):
     Configuration of a KERMIT model: a Llama-shaped decoder whose attention is exact over a window of recent tokens and a
     few sink tokens (near field) and reads everything older from a kernel memory of constant size (far field).
 
+    The defaults are the settings that remember best in our measurements (`python -m tests.benchmarks.learning`; two layers,
+    a window of 32). Recall of pairs beyond the window, mean of three seeds: 0.96, with a forget gate 0.88; one seed, with a gate:
+    without convolution 0.34, `"elu"` 0.89, `"dpfp"` 0.95, the additive rule 0.14 to 0.36. Of a language model trained briefly
+    on texts of 512 tokens they are not the best: perplexity 182, with a forget gate 186, but 162 for the additive rule with
+    `"hedgehog"` and a gate, and 160 for softmax over everything. Where recall does not matter, take that one.
+
     Arguments shared with `LlamaConfig` mean what they mean there. The others:
 
     Args:
