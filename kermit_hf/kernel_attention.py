@@ -421,16 +421,15 @@ def _exp_decay(log_decay: torch.Tensor) -> torch.Tensor:
 
 
 def _carry(
-    contributions: torch.Tensor, decays: torch.Tensor | None, initial: torch.Tensor
+    contributions: torch.Tensor, decays: torch.Tensor, initial: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Runs x_{c+1} = decay_c x_c + contribution_c over axis 2.
 
     Returns the value before each chunk, stacked on axis 2, and the value after the last.
     """
     value, before = initial, []
-    shape = (...,) + (None,) * (contributions.dim() - 3)
-    decays = decays[shape].unbind(2) if decays is not None else None
-    for index, contribution in enumerate(contributions.unbind(2)):
+    decays = decays[(...,) + (None,) * (contributions.dim() - 3)]
+    for contribution, decay in zip(contributions.unbind(2), decays.unbind(2), strict=True):
         before.append(value)
-        value = value + contribution if decays is None else torch.addcmul(contribution, value, decays[index])
+        value = torch.addcmul(contribution, value, decay)
     return torch.stack(before, 2), value

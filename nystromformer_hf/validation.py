@@ -1,4 +1,4 @@
-"""What the configurations check its fields with."""
+"""What a configuration checks its fields with."""
 
 from collections.abc import Callable
 from functools import wraps

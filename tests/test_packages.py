@@ -1,0 +1,32 @@
+"""What holds between the two packages: the Hub loads each of them alone, so they share by copy and never import each other."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import kermit_hf
+import nystromformer_hf
+
+
+KERMIT = Path(kermit_hf.__file__).parent
+NYSTROMFORMER = Path(nystromformer_hf.__file__).parent
+
+
+@pytest.mark.parametrize("name", ["checkpoints.py", "validation.py"])
+def test_shared_files_are_equal(name):
+    assert (KERMIT / name).read_text() == (NYSTROMFORMER / name).read_text()
+
+
+@pytest.mark.parametrize(("package", "other"), [(KERMIT, "nystromformer_hf"), (NYSTROMFORMER, "kermit_hf")])
+def test_neither_package_imports_the_other(package, other):
+    files = sorted(package.glob("*.py"))
+    assert files
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                names = [node.module]
+            assert not any(name.split(".")[0] in {other, "tests", "conversion_scripts"} for name in names), file.name
