@@ -31,12 +31,13 @@ from conversion_scripts.card_facts import (
 )
 from conversion_scripts.card_plots import bucket_name, plot_cost, plot_perplexity
 from conversion_scripts.checkpoint_files import ConversionError, read_json
-from conversion_scripts.licenses import find_license, read_metadata
+from conversion_scripts.licenses import IDENTIFIER, find_license, read_metadata
 
 
 TEMPLATES = Path(__file__).resolve().parents[1] / "model_cards"
 # What every card has in common, and the other templates take in as `measurements`.
 SHARED_TEMPLATE = "measurements.md"
+LANGUAGE = r"[a-z]{2,3}(-[A-Za-z]+)?|code|multilingual"
 
 
 class Architecture(NamedTuple):
@@ -126,8 +127,7 @@ def source_facts(
     fields, origin = find_license(root, license, stated_license)
     language = read_metadata(root).get("language") or []
     language = [language] if isinstance(language, str) else language
-    # YAML reads Norwegian as False.
-    language = [code for code in language if isinstance(code, str)]
+    language = [code for code in language if re.fullmatch(LANGUAGE, str(code))]
     return Facts(architecture, base_model=base_model, **fields, license_origin=origin, language=language)
 
 
@@ -362,7 +362,8 @@ TABLES = {
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
+    cells = ([" ".join(cell.replace("|", r"\|").split()) for cell in line] for line in lines)
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
 def check_card(folder: Path) -> ModelCard:
@@ -377,8 +378,8 @@ def check_card(folder: Path) -> ModelCard:
         raise ConversionError(f"the metadata of {path} cannot be read ({error})") from error
     data = card.data
     _allow("pipeline_tag", [data.pipeline_tag], "|".join(head.pipeline_tag for head in HEADS.values()), "a task")
-    _allow("language", data.language, r"[a-z]{2,3}(-[A-Za-z]+)?|code|multilingual", "ISO 639 codes such as en")
-    _allow("license", data.license, r"[a-z0-9][a-z0-9.+-]*", "the Hub's identifiers such as apache-2.0")
+    _allow("language", data.language, LANGUAGE, "ISO 639 codes such as en")
+    _allow("license", data.license, IDENTIFIER, "the Hub's identifiers such as apache-2.0")
     for name in ("base_model", "datasets"):
         _allow(name, data.get(name), r"(?:[\w.-]+/)?[\w.-]+", "Hub ids such as user/name")
     for result in data.eval_results or []:

@@ -21,6 +21,8 @@ intel-research isc lgpl lgpl-2.1 lgpl-3.0 lgpl-lr llama2 llama3 llama3.1 llama3.
 ms-pl ncsa odbl odc-by ofl-1.1 openrail openrail++ osl-3.0 other pddl postgresql unknown unlicense wtfpl zlib
 """
 LICENSES = frozenset(HUB_LICENSES.split())
+# The form of those and of later ones.
+IDENTIFIER = r"[a-z0-9][a-z0-9.+-]*"
 FIELDS = ("license", "license_name", "license_link")
 
 MIT = """
@@ -52,9 +54,11 @@ def find_license(
         return {"license": chosen}, "whoever converted it"
     if stated is not None and stated.lower() in LICENSES - {"other", "unknown"}:
         return {"license": stated.lower()}, "the source's weight file"
-    metadata = read_metadata(folder)
-    if metadata.get("license"):
-        return {name: metadata[name] for name in FIELDS if metadata.get(name)}, "the source's model card"
+    metadata = {name: value for name, value in read_metadata(folder).items() if name in FIELDS and value}
+    identifiers = metadata.get("license", [])
+    identifiers = identifiers if isinstance(identifiers, list) else [identifiers]
+    if identifiers and all(re.fullmatch(IDENTIFIER, str(identifier)) for identifier in identifiers):
+        return metadata, "the source's model card"
     for path in sorted(folder.glob("LICENSE*")):
         if path.is_file() and (identifier := recognised(path.read_text(encoding="utf-8", errors="replace"))):
             return {"license": identifier}, f"the source's {path.name} file"
@@ -75,8 +79,10 @@ def recognised(text: str) -> str | None:
     words = re.sub(r"\.(?= |$)", "", words)
     head, found, tail = words.partition("end of terms and conditions")
     if head.startswith("apache license version 2.0 january 2004") and found:
-        return "apache-2.0" if re.match(r" ?(appendix how to apply|copyright|$)", tail) else None
-    if re.fullmatch(r"(the )?(mit license )?(mit )?(copyright .{0,200}? )?" + " ".join(MIT.split()), words):
+        return "apache-2.0" if not tail or tail.endswith(" limitations under the license") else None
+    # Whose copyright it is, and no condition among the names.
+    owners = r"(copyright (?:(?!\b(?:not|only|except|commercial)\b).){0,200}? )?"
+    if re.fullmatch(rf"(the )?(mit license )?(mit )?{owners}{' '.join(MIT.split())}", words):
         return "mit"
     if match := re.match(r"(?:meta )?llama (2|3|3\.1|3\.2|3\.3|4) community license agreement", words):
         return f"llama{match[1]}"
