@@ -29,7 +29,7 @@ from kermit_hf.checkpoints import incomplete_keys, listed
 
 # Names of the weights without and with an index of shards, best first; everything else a checkpoint needs is small.
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
-SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "LICENSE*", "NOTICE*", "USE_POLICY*")
+SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "LICENSE*", "NOTICE*", "USE_POLICY*", "README.md")
 # Files that go along unchanged.
 KEPT_FILES = (
     "generation_config.json",
@@ -73,6 +73,7 @@ class Checkpoint:
     """
 
     gguf_file: str | None = None
+    license: str | None = None  # what the weights' own file says
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -197,6 +198,11 @@ class GGUFCheckpoint(Checkpoint):
         tokens = self.reader.fields.get("tokenizer.ggml.tokens")
         return 0 if tokens is None else len(tokens.data)
 
+    @property
+    def license(self) -> str | None:
+        field = self.reader.fields.get("general.license")
+        return None if field is None else field.contents()
+
     @cached_property
     def _names(self) -> tuple[object, dict[str, str]]:
         from transformers.modeling_gguf_pytorch_utils import (
@@ -263,7 +269,8 @@ def find_source(source: str, revision: str | None = None) -> tuple[Path, str | N
         raise ConversionError(f"{source} does not exist; give a folder, a .gguf file, or a Hub id such as user/name")
     try:
         if gguf_file:
-            folder = snapshot_download(repo_id, revision=revision, allow_patterns=[gguf_file])
+            wanted = [gguf_file, "LICENSE*", "README.md"]
+            folder = snapshot_download(repo_id, revision=revision, allow_patterns=wanted)
             path = Path(folder, gguf_file)
             if not path.is_file():
                 raise ConversionError(f"{repo_id} holds no file {gguf_file}; look it up on the Hub")

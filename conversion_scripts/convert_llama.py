@@ -40,6 +40,16 @@ from transformers.utils.logging import disable_progress_bar
 
 import kermit_hf.modeling_kermit as kermit
 import nystromformer_hf.modeling_nystromformer_hf_decoder as nystromformer
+from conversion_scripts.card_facts import Parity, Stage
+from conversion_scripts.cards import (
+    add_card_arguments,
+    check_card_tools,
+    command_line,
+    hub_snapshot,
+    source_facts,
+    versions,
+    write_card,
+)
 from conversion_scripts.checkpoint_files import (
     Checkpoint,
     ConversionError,
@@ -151,9 +161,13 @@ def convert(
     overwrite: bool = False,
     max_shard_bytes: int = 5 * 10**9,
     verify: str | None = "float32",
+    license: str | None = None,
+    base_model: str | None = None,
+    model_id: str | None = None,
+    command: str | None = None,
     say: Callable[[str], None] = lambda message: None,
 ) -> float | None:
-    """Converts the checkpoint `source` (folder, Hub id or GGUF file) into the folder `output`.
+    """Converts the checkpoint `source` (folder, Hub id or GGUF file) into the folder `output`, model card included.
 
     Args:
         to: key of `TARGETS`.
@@ -161,12 +175,16 @@ def convert(
         far_bias: start of KERMIT's far-field logit; strongly negative leaves window and sinks alone.
         seed: of the weights that the source lacks.
         verify: dtype of the comparison with the original, a key of `TOLERANCES`, or None for no comparison.
+        license, base_model: for the model card, where the source does not say them itself.
+        model_id: what the model is loaded by, for the card: the Hub id it will have, or by default the name of `output`.
+        command: for the card, what a repetition needs to type.
         say: takes the lines that report progress.
 
     Returns the largest difference of two logits, None where none were compared. Raises `ConversionError`, and leaves no
     output, where the source is damaged, cannot be mapped, does not fit on the disk, or comes out different.
     """
     target, output = TARGETS[to], Path(output).expanduser().resolve()
+    check_card_tools(to)
     folder, gguf_file = find_source(source, revision)
     check_output(output, overwrite, folder)
     source_config = read_config(folder, gguf_file)
@@ -177,6 +195,9 @@ def convert(
     plan = plan_weights(checkpoint, model, config)
     tokenizer = load_tokenizer(folder, gguf_file)
     check_vocabulary(config, checkpoint.num_tokens if gguf_file else None if tokenizer is None else len(tokenizer))
+    facts = source_facts(to, folder, license=license, base_model=base_model, stated_license=checkpoint.license)
+    if facts.license is None:
+        say("license: the source states none that could be read, so the model card has none; name it with --license")
 
     dtype = plan.mapped["model.embed_tokens.weight"].dtype
     own_bytes = sum(tensor.numel() * dtype.itemsize for tensor in plan.own.values())
@@ -196,7 +217,12 @@ def convert(
         writer.finish()
         write_companions(partial, folder, gguf_file, model, dtype, tokenizer)
         check_tokenizer(partial, tokenizer)
-        return compare(folder, gguf_file, partial, target, verify, seed, say) if verify else None
+        parity = compare(folder, gguf_file, partial, target, verify, seed, say) if verify else None
+        stage = conversion_stage(folder, gguf_file, plan, seed, far_bias)
+        stage.command, stage.parity = command, parity
+        attention = {name: getattr(config, name) for name in attention_settings(target.config_class)}
+        write_card(partial, facts.with_stage(stage, settings=attention), model_id or output.name)
+    return None if parity is None else parity.difference
 
 
 def read_config(folder: Path, gguf_file: str | None) -> PreTrainedConfig:
@@ -468,6 +494,25 @@ def check_tokenizer(partial: Path, tokenizer: PreTrainedTokenizerBase | None) ->
             raise ConversionError("the tokenizer does not come out as it went in; save it anew with `save_pretrained`")
 
 
+def conversion_stage(folder: Path, gguf_file: str | None, plan: Plan, seed: int, far_bias: float) -> Stage:
+    """What the model card says of how the weights came about."""
+    snapshot = hub_snapshot(folder)
+    source = folder.name if snapshot is None else snapshot.repo_id
+    remarks = []
+    if gguf_file:
+        source = gguf_file if snapshot is None else f"{source}/{gguf_file}"
+        remarks.append("The weights of the GGUF file were dequantised to float32.")
+    if plan.own:
+        remarks.append(f"{len(plan.own)} tensors that the source lacks start as in a new model, seed {seed}.")
+    if any(name.endswith(".far_bias") for name in plan.own):
+        remarks.append(
+            f"The logit of the far field starts with a bias of {far_bias:g}: strongly negative, the model is window and "
+            "sinks until training opens the far field."
+        )
+    revision = None if snapshot is None else snapshot.revision
+    return Stage("Conversion", source=source, revision=revision, versions=versions(), remarks=remarks)
+
+
 def compare(
     folder: Path,
     gguf_file: str | None,
@@ -476,7 +521,7 @@ def compare(
     dtype: str,
     seed: int,
     say: Callable[[str], None],
-) -> float | None:
+) -> Parity | None:
     """Largest difference of the logits of a random prompt, as long as attention is exact. `ConversionError` above the
     tolerance."""
     config = target.config_class.from_pretrained(partial)
@@ -501,7 +546,7 @@ def compare(
             f"the result is not the original: {verdict}; the checkpoint uses something that is not mapped. Nothing was kept"
         )
     say(f"verified: {verdict}")
-    return difference
+    return Parity(difference, length, dtype, tolerance)
 
 
 def _line(error: Exception) -> str:
@@ -598,6 +643,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="dtype in which the original and the result are compared; both are loaded, one after the other. Tolerance 1e-3 in "
         "float32; in bfloat16 0.05 and in float16 0.01 of the largest logit (default: %(default)s)",
     )
+    add_card_arguments(parser)
     parser.add_argument("--push-to-hub", metavar="USER/NAME", help="upload OUTPUT to this repository")
     parser.add_argument("--private", action="store_true", help="make that repository a private one, if it is new")
 
@@ -637,6 +683,7 @@ def parse_size(text: str) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = make_parser()
+    arguments = sys.argv[1:] if arguments is None else arguments
     options = vars(parser.parse_args(arguments))
     to = options.pop("to")
     own = {
@@ -667,6 +714,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             overwrite=options["overwrite"],
             max_shard_bytes=options["max_shard_size"],
             verify=None if options["verify"] == "no" else options["verify"],
+            license=options["license"],
+            base_model=options["base_model"],
+            model_id=repo_id,
+            command=command_line("conversion_scripts.convert_llama", arguments),
             say=print,
         )
         print(f"{options['output']}: load it with AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True)")

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from conversion_scripts.cards import check_card
 from conversion_scripts.checkpoint_files import ConversionError
 from conversion_scripts.convert_llama import TARGETS, convert
 from tests.conversion_scripts.llama_checkpoints import CHAT_TEMPLATE, make_model, make_tokenizer
@@ -28,6 +29,7 @@ def write_gguf(
     model = make_model(family, hidden_size=64, intermediate_size=96, head_dim=head_dim, **config)
     config, tokenizer = model.config, make_tokenizer()
     writer = gguf.GGUFWriter(path, family)
+    writer.add_license("Apache-2.0")
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -94,6 +96,11 @@ def test_logits_are_those_of_the_original(family, to, tmp_path):
     assert tokenizer(text).input_ids == make_tokenizer()(text).input_ids
     assert tokenizer.chat_template == CHAT_TEMPLATE
     assert AutoConfig.from_pretrained(tmp_path / "output").dtype == torch.float32
+    card = check_card(tmp_path / "output")
+    assert card.data.license == "apache-2.0"
+    assert "according to the source's weight file" in card.text
+    assert "of `model.gguf` with torch" in card.text
+    assert "dequantised to float32" in card.text
 
 
 def test_quantised_weights_come_out_as_transformers_reads_them(tmp_path):

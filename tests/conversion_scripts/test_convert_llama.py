@@ -13,11 +13,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from conversion_scripts import checkpoint_files, convert_llama
+from conversion_scripts import cards, checkpoint_files, convert_llama
+from conversion_scripts.card_facts import read_facts
+from conversion_scripts.cards import check_card
 from conversion_scripts.checkpoint_files import ConversionError
 from conversion_scripts.convert_llama import TARGETS, attention_settings, convert, main, make_parser
 from tests.conversion_scripts.llama_checkpoints import CHAT_TEMPLATE, VOCABULARY, save_checkpoint
@@ -195,6 +198,81 @@ def test_tokenizer_chat_template_generation_config_and_licence_are_kept(source, 
     assert tokenizer(text).input_ids == AutoTokenizer.from_pretrained(source)(text).input_ids
     generation = GenerationConfig.from_pretrained(output)
     assert (generation.do_sample, generation.temperature, generation.top_k) == (True, 0.3, 7)
+
+
+class TestCard:
+    @pytest.mark.parametrize("to", TARGETS)
+    def test_it_says_what_was_done(self, to, source, output):
+        save_checkpoint(source)
+        (source / "README.md").write_text("---\nlicense: mit\nlanguage: en\n---\n# The original")
+        difference = convert(str(source), output, to, WINDOW[to], command="python -m this --way")
+        facts = read_facts(output)
+        assert facts.license == "mit"
+        assert facts.settings.keys() == attention_settings(TARGETS[to].config_class).keys()
+        config = AutoConfig.from_pretrained(output)
+        assert all(getattr(config, name) == value for name, value in facts.settings.items())
+        parity = facts.stages[0].parity
+        assert (parity.difference, parity.tokens, parity.dtype) == (difference, 28 if "nys" in to else 24, "float32")
+        card = check_card(output)
+        assert card.data.license == "mit"
+        assert card.data.base_model is None  # a folder has no name on the Hub
+        assert card.data.eval_results is None
+        assert f"| {difference:.1e} | 1.0e-03 |" in card.text
+        assert "python -m this --way" in card.text
+        assert str(source.parent) not in card.text
+        assert "The original" not in card.text
+
+    @pytest.mark.parametrize("to", TARGETS)
+    def test_its_code_runs(self, to, source, output, monkeypatch):
+        save_checkpoint(source)
+        convert(str(source), output, to, verify=None)
+        monkeypatch.chdir(output.parent)
+        blocks = re.findall(r"```python\n(.*?)```", (output / "README.md").read_text(), re.DOTALL)
+        assert len(blocks) == 2
+        for block in blocks:
+            variables = {}
+            exec(block, variables)
+            assert type(variables["model"]).__name__ == TARGETS[to].model_class.__name__
+
+    def test_what_was_not_compared_has_no_parity(self, source, output):
+        save_checkpoint(source)
+        convert(str(source), output, "kermit", verify=None)
+        assert "## Parity" not in (output / "README.md").read_text()
+        assert read_facts(output).stages[0].parity is None
+
+    def test_start_of_the_far_field(self, source, output):
+        save_checkpoint(source)
+        convert(str(source), output, "kermit", far_bias=-7.5, seed=3, verify=None)
+        text = (output / "README.md").read_text()
+        assert "a bias of -7.5" in text
+        assert re.search(r"\b12 tensors that the source lacks start as in a new model, seed 3", text)
+        full = {"layer_types": ["full_attention"] * 2}
+        convert(str(source), output, "kermit", full, verify=None, overwrite=True)
+        assert not re.search("a bias of|the source lacks", (output / "README.md").read_text())
+
+    def test_what_the_user_says_of_it(self, source, output):
+        save_checkpoint(source)
+        said = []
+        names = {"license": "gemma", "base_model": "someone/original", "model_id": "me/ours"}
+        convert(str(source), output, "kermit", verify=None, say=said.append, **names)
+        card = check_card(output)
+        assert (card.data.license, card.data.base_model) == ("gemma", "someone/original")
+        assert card.text.startswith("\n# me/ours\n")
+        assert not [line for line in said if line.startswith("license")]
+
+    def test_license_that_nobody_knows(self, source, output):
+        save_checkpoint(source)
+        said = []
+        convert(str(source), output, "kermit", verify=None, say=said.append)
+        assert [line for line in said if "name it with --license" in line]
+        assert check_card(output).data.license is None
+
+    def test_refusals(self, source, output, monkeypatch):
+        save_checkpoint(source)
+        assert_refused("--license mine is no licence", source, output, license="mine")
+        assert_refused("--base-model a/b/c is no Hub id", source, output, base_model="a/b/c")
+        monkeypatch.setattr(cards, "TEMPLATES", output / "nowhere")
+        assert_refused("copy the folder model_cards", source, output)
 
 
 def test_tokenizer_that_does_not_name_its_class(source, output):
@@ -558,8 +636,9 @@ class TestCommandLine:
         with HubServer() as hub:
             files = {path.name: path.read_bytes() for path in source.iterdir()}
             files["consolidated.safetensors"] = b"the same weights once more"
+            files["README.md"] = b"---\nlicense: apache-2.0\n---\n# The original"
             hub.create(json.dumps({"name": "original"}).encode())
-            hub.repositories["tester/original"].commit("upload", files)
+            revision = hub.repositories["tester/original"].commit("upload", files).oid
             options = ["--to", "nystromformer_hf_decoder", "--push-to-hub", "tester/converted"]
             environment = hub.environment(tmp_path / "home")
             result = self.run("tester/original", str(output), *options, env=environment)
@@ -569,6 +648,11 @@ class TestCommandLine:
             assert not list((tmp_path / "home").rglob("consolidated*"))
             other = self.run("tester/none", str(tmp_path / "other"), "--to", "kermit", env=environment)
         assert {path.name for path in output.iterdir()} <= pushed.keys()
+        card = ModelCard(pushed["README.md"].decode())
+        assert (card.data.base_model, card.data.license) == ("tester/original", "apache-2.0")
+        assert 'from_pretrained("tester/converted", trust_remote_code=True)' in card.text
+        assert f"of `tester/original` at revision `{revision}`" in card.text
+        assert "convert_llama tester/original output --to nystromformer_hf_decoder --push-to-hub" in card.text
         assert difference(model, output) < PARITY
         assert other.returncode == 1
         assert "the Hub did not give it" in other.stderr
