@@ -9,10 +9,9 @@ is trained as a whole. Both run on the standard Trainer, so its launchers work (
 """
 
 import argparse
-import json
+import dataclasses
 import shutil
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -27,14 +26,18 @@ from transformers import PreTrainedModel, Trainer, TrainerState, TrainingArgumen
 from transformers.utils.logging import disable_progress_bar
 
 from conversion_scripts import perplexity
+from conversion_scripts.card_facts import THIS_MODEL, Facts, Perplexity, Stage, Training, read_facts
+from conversion_scripts.cards import check_card_tools, command_line, versions, write_card
 from conversion_scripts.checkpoint_files import (
     ConversionError,
     atomic_folder,
     check_login,
     check_output,
+    keep_files,
     push_folder,
 )
 from conversion_scripts.convert_llama import is_own
+from conversion_scripts.machine import machine
 from conversion_scripts.texts import SOURCES, load_documents, long_documents, token_blocks
 
 
@@ -145,33 +148,40 @@ def build_variant(student: PreTrainedModel, variant: str) -> PreTrainedModel:
     return model
 
 
-def select_weights(model: PreTrainedModel, which: str, rank: int, variant: str) -> int:
-    """Marks what is trained: `own` (what the attention does not share with the teacher), `lora` (that, and adapters on the
-    projections) or `all`. Returns the number of trained parameters."""
-    if which == "lora":
-        from peft import LoraConfig, inject_adapter_in_model
+class Trained:
+    """Which weights of `model` are trained: `own` (what the attention does not share with the teacher), `lora` (that, and
+    adapters on the projections) or `all`.
 
-        # Injected rather than wrapped: the model stays what it is, and what the Trainer saves is whole.
-        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(PROJECTIONS)), model)
-    for name, parameter in model.named_parameters():
-        own = is_own(name, model)
-        parameter.requires_grad_(which == "all" or own or "lora_" in name)
-        if variant == "near-field" and own and name.split(".")[-1] != "conv_weight":
-            parameter.requires_grad_(False)
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    if not trained:
-        raise ConversionError(f"--weights {which} leaves nothing to train in this model; allowed are lora, all")
-    return trained
+    With `half` the others are rounded to bfloat16 meanwhile, which halves their memory and spares casting them each step;
+    `finish` gives them back as they were and adds the adapters to them.
+    """
 
+    def __init__(self, model: PreTrainedModel, which: str, rank: int, variant: str, half: bool):
+        if which == "lora":
+            from peft import LoraConfig, inject_adapter_in_model
 
-def merge_adapters(model: PreTrainedModel) -> None:
-    """Adds the adapters to the weights they stand beside, and removes them."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
+            # Injected rather than wrapped: the model stays what it is, and what the Trainer saves is whole.
+            inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(PROJECTIONS)), model)
+        self.model, self.frozen = model, {}
+        for name, parameter in model.named_parameters():
+            # Without its memory only the convolution of the student's attention has an effect.
+            own = is_own(name, model) and (variant != "near-field" or name.endswith("conv_weight"))
+            parameter.requires_grad_(which == "all" or own or "lora_" in name)
+            if half and not parameter.requires_grad:
+                self.frozen[name] = parameter.data
+                parameter.data = parameter.data.bfloat16()
+        self.count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        if not self.count:
+            raise ConversionError(f"--weights {which} leaves nothing to train in this model; allowed are lora, all")
 
-    for name, module in list(model.named_modules()):
-        if isinstance(module, BaseTunerLayer):
-            module.merge()
-            model.set_submodule(name, module.get_base_layer())
+    def finish(self) -> None:
+        for name, parameter in self.model.named_parameters():
+            if name in self.frozen:
+                parameter.data = self.frozen[name].to(parameter.device)
+        for name, module in list(self.model.named_modules()):
+            if hasattr(module, "merge") and hasattr(module, "get_base_layer"):
+                module.merge()
+                self.model.set_submodule(name, module.get_base_layer())
 
 
 def fit(model, teacher, blocks, args: argparse.Namespace, stage: str, steps: int) -> Trainer:
@@ -203,6 +213,7 @@ def fit(model, teacher, blocks, args: argparse.Namespace, stage: str, steps: int
         dataloader_pin_memory=False,
         disable_tqdm=False,
         report_to="none",
+        include_num_input_tokens_seen="all",
         seed=args.seed,
     )
     trainer_class = TransferTrainer if stage == "transfer" else DistillationTrainer
@@ -222,8 +233,9 @@ def fit(model, teacher, blocks, args: argparse.Namespace, stage: str, steps: int
     return trainer
 
 
-def distill(args: argparse.Namespace, say: Callable[[str], None] = print) -> dict:
-    """Trains, measures and writes OUTPUT; returns what was measured. Raises `ConversionError`."""
+def distill(args: argparse.Namespace, say: Callable[[str], None] = print) -> Facts | None:
+    """Trains, measures and writes OUTPUT; what its card says, None in other processes than the main one. Raises
+    `ConversionError`."""
     set_seed(args.seed)
     output = args.output.expanduser().resolve()
     student, folder = perplexity.load_model(args.student)
@@ -231,6 +243,7 @@ def distill(args: argparse.Namespace, say: Callable[[str], None] = print) -> dic
     tokenizer = perplexity.load_tokenizer(args.student)
     check_output(output, args.overwrite, folder)
     check_pair(student, teacher, len(tokenizer))
+    check_card_tools(student.config.model_type)
     texts = [document for source in args.train for document in load_documents(source)]
     blocks = token_blocks(tokenizer, texts, args.sequence_length)
     documents = load_documents(args.texts, args.min_characters)
@@ -239,57 +252,75 @@ def distill(args: argparse.Namespace, say: Callable[[str], None] = print) -> dic
     model = build_variant(student, args.variant)
     if args.far_bias is not None and args.variant == "student":
         set_far_bias(model, args.far_bias)
-    results = {
-        "student": args.student,
-        "teacher": args.teacher,
-        "variant": args.variant,
-        "train": args.train,
-        "train_tokens_available": len(blocks) * args.sequence_length,
-        "sequence_length": args.sequence_length,
-        "stages": [],
-    }
-    stages = [("transfer", args.transfer_steps, "own"), ("language-model", args.steps, args.weights)]
+    facts = read_facts(folder)
+    if args.variant == "softmax":
+        facts.settings["layer_types"] = model.config.layer_types
     main_process = True
-    for stage, steps, weights in stages:
+    for stage, steps, weights in (("transfer", args.transfer_steps, "own"), ("training", args.steps, args.weights)):
         if not steps or (stage == "transfer" and args.variant != "student"):
             continue
-        trained, start = select_weights(model, weights, args.lora_rank, args.variant), time.perf_counter()
+        trained = Trained(model, weights, args.lora_rank, args.variant, half=args.bf16)
         trainer = fit(model, teacher, blocks, args, stage, steps)
+        trained.finish()
         main_process = trainer.is_world_process_zero()
-        if weights == "lora":
-            merge_adapters(model)
-        tokens = steps * args.batch_size * args.gradient_accumulation_steps * args.sequence_length
-        results["stages"].append(
-            {
-                "stage": stage,
-                "weights": weights,
-                "trained_parameters": trained,
-                "steps": steps,
-                "tokens": tokens * trainer.args.world_size,
-                "seconds": round(time.perf_counter() - start),
-                "losses": [[entry["step"], entry["loss"]] for entry in trainer.state.log_history if "loss" in entry],
-            }
-        )
-        say(f"{stage}: {steps} steps, {trained:,} trained parameters, {results['stages'][-1]['seconds']} s")
+        facts = facts.with_stage(describe(stage, weights, trained.count, trainer, args))
+        say(f"{stage}: {steps} steps, {trained.count:,} trained parameters")
     if not main_process:
-        return results
+        return None
 
     model.config.use_cache = True  # which the Trainer turns off
     model = model.float().eval()
     original = teacher if args.variant == "student" else None
-    name = {"student": "this model", "near-field": "near field alone", "softmax": "softmax"}[args.variant]
-    results["evaluation"] = perplexity.measure({name: model}, original, documents, args.from_position, args.baselines)
-    results["evaluation"]["data"] = args.texts
+    measured = perplexity.measure({THIS_MODEL: model}, original, documents, args.from_position, args.baselines)
+    facts = dataclasses.replace(facts, perplexity=Perplexity(data=perplexity.describe(args), **measured))
     with atomic_folder(output) as partial:
-        for module in model.modules():
-            for parameter in module.parameters(recurse=False):
-                parameter.requires_grad_(True)
-        model.to(getattr(torch, args.dtype)).save_pretrained(partial)
+        model.requires_grad_(True).to(getattr(torch, args.dtype)).save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        (partial / "distillation.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-        perplexity.plot(results["evaluation"], partial / "perplexity.png")
+        keep_files(folder, partial)
+        write_card(partial, facts, args.push_to_hub or output.name)
     shutil.rmtree(WORK_FOLDER.format(output=args.output), ignore_errors=True)
-    return results
+    return facts
+
+
+def describe(stage: str, weights: str, trained: int, trainer: Trainer, args: argparse.Namespace) -> Stage:
+    """What the model card says of a training."""
+    target = "the teacher's distribution" if args.loss == "kl" else "the text"
+    method = {
+        "transfer": "attention transfer: each layer's output towards the teacher's, for the same input",
+        "training": f"language model towards {target}, weights trained: {weights}",
+    }[stage]
+    remarks = {
+        "student": [],
+        "near-field": ["For comparison: its memory is switched off for good."],
+        "softmax": ["For comparison: all layers attend to everything."],
+    }[args.variant]
+    settings = {
+        "sequence_length": args.sequence_length,
+        "learning_rate": args.learning_rate,
+        "own_learning_rate": args.own_learning_rate,
+        "far_bias": args.far_bias,
+        "bf16": args.bf16,
+        "seed": args.seed,
+    }
+    return Stage(
+        {"transfer": "Attention transfer", "training": "Distillation"}[stage],
+        source=Path(args.teacher).name if Path(args.teacher).expanduser().exists() else args.teacher,
+        command=command_line("conversion_scripts.distill", args.command),
+        versions=versions("peft") if weights == "lora" else versions(),
+        remarks=remarks,
+        training=Training(
+            method=method,
+            data=", ".join(Path(source).name if Path(source).exists() else source for source in args.train),
+            steps=trainer.state.global_step,
+            tokens=trainer.state.num_input_tokens_seen,
+            trainable_parameters=trained,
+            parameters=trainer.model.num_parameters(),
+            # Of a run that was cut off and continued, nobody knows.
+            seconds=None if args.resume else trainer.state.log_history[-1].get("train_runtime"),
+            machine=machine(),
+            settings={name: value for name, value in settings.items() if value is not None},
+        ),
+    )
 
 
 def check_pair(student: PreTrainedModel, teacher: PreTrainedModel, num_tokens: int) -> None:
@@ -423,15 +454,17 @@ def at_least(smallest: int) -> Callable[[str], int]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    arguments = sys.argv[1:] if arguments is None else arguments
     args = make_parser().parse_args(arguments)
+    args.command = arguments
     disable_progress_bar()
     try:
         if args.push_to_hub:
             check_login(args.push_to_hub)
-        results = distill(args)
-        if "evaluation" not in results:
-            return  # not the main process
-        print(perplexity.table(results["evaluation"]))
+        facts = distill(args)
+        if facts is None:
+            return
+        print(perplexity.table(facts.perplexity))
         print(f"{args.output}: load it with AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True)")
         if args.push_to_hub:
             message = f"Distilled from {args.teacher}"

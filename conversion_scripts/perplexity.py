@@ -7,6 +7,7 @@ The baselines are masks on the original: all tokens (full softmax), the near fie
 
 import argparse
 import copy
+import dataclasses
 import json
 import math
 import sys
@@ -29,6 +30,8 @@ from transformers.utils.logging import disable_progress_bar
 
 import kermit_hf  # noqa: F401  (registers its classes)
 import nystromformer_hf  # noqa: F401
+from conversion_scripts.card_facts import Perplexity
+from conversion_scripts.card_plots import plot_perplexity
 from conversion_scripts.checkpoint_files import ConversionError, find_source
 from conversion_scripts.texts import SOURCES, load_documents, long_documents
 
@@ -142,7 +145,7 @@ def original_losses(original: PreTrainedModel, near: NearField, documents: list[
 
 
 def summarize(losses: dict[str, list[torch.Tensor]], edges: Sequence[int], first: int) -> dict:
-    """Perplexity, exp of the mean loss over all documents, for positions between neighbouring `edges` and from `first` on.
+    """The fields of `card_facts.Perplexity`: perplexity, exp of the mean loss over all documents, for positions between neighbouring `edges` and from `first` on.
 
     `losses` holds by model what `token_losses` gives for each document. Position p is the token predicted.
     """
@@ -167,38 +170,26 @@ def summarize(losses: dict[str, list[torch.Tensor]], edges: Sequence[int], first
     }
 
 
+def describe(args: argparse.Namespace) -> str:
+    """Which texts the options of `add_text_arguments` name, in words."""
+    source = Path(args.texts).name if Path(args.texts).expanduser().exists() else args.texts
+    return f"{source}, first documents of at least {args.min_characters:,} characters"
+
+
 def bucket_edges(length: int) -> list[int]:
     """Borders of eight buckets of equal width, rounded to whole tokens."""
     return [length * index // 8 for index in range(9)]
 
 
-def table(summary: dict) -> str:
-    """The result of `summarize` as lines of text: a row for each model, a column for each bucket."""
-    width = max(map(len, summary["perplexity"])) + 2
-    heads = [f"–{high:,}" for _, high in summary["buckets"]] + [f"from {summary['summary']['from_position']:,}"]
+def table(measured: Perplexity) -> str:
+    """Lines of text: a row for each model, a column for each bucket."""
+    width = max(map(len, measured.perplexity)) + 2
+    heads = [f"–{high:,}" for _, high in measured.buckets] + [f"from {measured.summary['from_position']:,}"]
     lines = ["perplexity".ljust(width) + "".join(head.rjust(12) for head in heads)]
-    for name, values in summary["perplexity"].items():
-        values = [*values, summary["summary"]["perplexity"][name]]
+    for name, values in measured.perplexity.items():
+        values = [*values, measured.summary["perplexity"][name]]
         lines.append(name.ljust(width) + "".join(f"{value:12.2f}" for value in values))
     return "\n".join(lines)
-
-
-def plot(summary: dict, path: Path) -> None:
-    """Perplexity against position, one line for each model."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    positions = [(low + high) / 2 for low, high in summary["buckets"]]
-    for name, values in summary["perplexity"].items():
-        axes.plot(positions, values, marker="o", markersize=3, label=name)
-    axes.set(xlabel="position (tokens)", ylabel="perplexity", yscale="log")
-    axes.grid(alpha=0.3, which="both")
-    axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 def load_model(source: str, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, Path]:
@@ -293,13 +284,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         documents = long_documents(
             load_tokenizer(args.models[0]), load_documents(args.texts, args.min_characters), args.tokens, args.documents
         )
-        summary = measure(models, original, documents, args.from_position) | {"data": args.texts}
+        measured = Perplexity(data=describe(args), **measure(models, original, documents, args.from_position))
     except ConversionError as error:
         raise SystemExit(f"perplexity: {error}") from error
-    print(table(summary))
+    print(table(measured))
     if args.output:
-        args.output.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-        plot(summary, args.output.with_suffix(".png"))
+        args.output.write_text(json.dumps(dataclasses.asdict(measured), indent=2) + "\n", encoding="utf-8")
+        plot_perplexity(measured.buckets, measured.perplexity, args.output.with_suffix(".png"))
 
 
 if __name__ == "__main__":

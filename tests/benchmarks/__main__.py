@@ -16,8 +16,10 @@ from pathlib import Path
 
 import torch
 
+from conversion_scripts.machine import machine
+
 from . import kermit, nystrom_decoder, nystrom_encoder
-from .measure import Faster, Flat, Result, Section, growth_exponent, machine
+from .measure import Faster, Flat, Result, Section, growth_exponent
 
 
 SECTIONS = {**kermit.SECTIONS, **nystrom_encoder.SECTIONS, **nystrom_decoder.SECTIONS}

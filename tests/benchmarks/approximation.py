@@ -19,10 +19,9 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, BertModel, NystromformerConfig, NystromformerModel
 
+from conversion_scripts.machine import machine
 from nystromformer_hf import NystromformerHFConfig, NystromformerHFModel
 from nystromformer_hf.modeling_nystromformer_hf import POSITION_OFFSET
-
-from .measure import machine
 
 
 VARIANTS = {"as published": {}, "refined": {"landmark_refinement_steps": 1}}

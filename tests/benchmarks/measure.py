@@ -2,7 +2,6 @@
 
 import ctypes
 import gc
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -168,16 +167,6 @@ def _status(field: str) -> int:
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
     raise OSError(f"{field} is not in /proc/self/status")
-
-
-def machine() -> str:
-    """Processor, threads and torch of this run, to be named beside every figure."""
-    name = platform.processor() or platform.machine()
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
-        if line.startswith("model name"):
-            name = line.split(":", 1)[1].strip()
-            break
-    return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
 def growth_exponent(results: list[Result], contender: str, shortest: int, attribute: str = "seconds") -> float:
