@@ -8,6 +8,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 
@@ -29,6 +30,8 @@ from kermit_hf.quickstart import ProgressStreamer, decoding_cost
 
 
 ORIGINAL = "original"
+# Tokens that `decoding_cost` takes the median of.
+TIMED = 16
 
 
 class MemoryStreamer(ProgressStreamer):
@@ -57,7 +60,6 @@ def stream(
         do_sample=True,
         temperature=0.8,
         top_p=0.95,
-        repetition_penalty=1.0,
     )
     return streamer.reports
 
@@ -113,8 +115,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = make_parser()
     args = parser.parse_args(arguments)
     lengths = sorted(args.lengths)
-    if args.new_tokens < 0 or args.interval < 1 or (lengths and lengths[0] < 1):
-        parser.error("--new-tokens may be 0, --interval and --lengths are positive")
+    if args.new_tokens < 0 or args.interval < 1:
+        parser.error("--new-tokens may be 0, --interval is positive")
+    if any(longer - shorter <= TIMED for shorter, longer in pairwise([-TIMED, *lengths])):
+        parser.error(f"--lengths are positive and more than {TIMED} apart, for as many tokens are timed after each")
     disable_progress_bar()
     set_seed(args.seed)
     try:
