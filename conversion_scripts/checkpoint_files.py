@@ -287,6 +287,10 @@ def find_source(source: str, revision: str | None = None) -> tuple[Path, str | N
     return Path(folder), None
 
 
+def in_one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def read_json(path: Path) -> dict:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from conversion_scripts import checkpoint_files, convert_llama
+from conversion_scripts import checkpoint_files, companions, convert_llama
 from conversion_scripts.checkpoint_files import ConversionError
 from conversion_scripts.convert_llama import TARGETS, attention_settings, convert, main, make_parser
 from tests.conversion_scripts.llama_checkpoints import CHAT_TEMPLATE, VOCABULARY, save_checkpoint
@@ -471,7 +471,7 @@ class TestRefusals:
         def full(*arguments, **kwargs):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-        module = checkpoint_files if function == "save_file" else convert_llama
+        module = checkpoint_files if function == "save_file" else companions
         monkeypatch.setattr(module, function, full)
         assert_refused("no space left in .*free some", source, output)
 
