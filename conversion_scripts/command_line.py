@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedConfig
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from conversion_scripts.checkpoint_files import ConversionError, check_login, push_folder
 from conversion_scripts.verification import TOLERANCES
@@ -118,7 +118,9 @@ def run(name: str, convert: Callable, options: dict[str, Any], *arguments, hint:
     """Calls `convert(source, output, *arguments, **kwargs)` with the options of `add_file_options`, says how to load the
     result (`hint`) and pushes it. Ends the program with one line where something is refused or fails."""
     repo_id = options["push_to_hub"]
-    disable_progress_bar()  # transformers' own, for each loading
+    # Transformers' own bar for each loading, and its report of weights that are left out knowingly.
+    disable_progress_bar()
+    set_verbosity_error()
     try:
         if repo_id:
             check_login(repo_id)
