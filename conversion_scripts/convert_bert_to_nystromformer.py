@@ -247,11 +247,11 @@ def target_config(source: PreTrainedConfig, max_position_embeddings: int, settin
 
 def allow_length(partial: Path, length: int) -> None:
     """Raises the number of tokens at which the tokenizer and a sentence encoder cut texts off."""
-    for name, field in (("tokenizer_config.json", "model_max_length"), ("sentence_bert_config.json", "max_seq_length")):
-        path = partial / name
-        if path.is_file():
-            text = json.dumps({**read_json(path), field: length}, indent=2, ensure_ascii=False)
-            path.write_text(text + "\n", encoding="utf-8")
+    fields = dict.fromkeys(partial.glob("sentence_*_config.json"), "max_seq_length")
+    fields |= dict.fromkeys(partial.glob("tokenizer_config.json"), "model_max_length")
+    for path, field in fields.items():
+        text = json.dumps({**read_json(path), field: length}, indent=2, ensure_ascii=False)
+        path.write_text(text + "\n", encoding="utf-8")
 
 
 def attention_settings() -> dict[str, Setting]:

@@ -7,11 +7,21 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub.errors import StrictDataclassError
 from tqdm import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from conversion_scripts.checkpoint_files import Checkpoint, ConversionError, Entry, ShardWriter, check_space, listed
+from conversion_scripts.checkpoint_files import (
+    Checkpoint,
+    ConversionError,
+    Entry,
+    ShardWriter,
+    check_space,
+    in_one_line,
+    listed,
+)
 from conversion_scripts.verification import random_tokens
+from nystromformer_hf import NystromformerHFConfig
 from nystromformer_hf.modeling_nystromformer_hf import AUTO_CLASSES, POSITION_OFFSET
 
 
@@ -34,7 +44,7 @@ def head_of(config: PreTrainedConfig, head: str | None) -> str:
     if head is not None:
         return HEADS[head]
     architecture = (config.architectures or ["Model"])[0]
-    suffix = (re.findall(r"(?:For[A-Z]\w+|Model)$", architecture) or [architecture])[0]
+    suffix = (re.findall(r"(?:For[A-Z]\w+|(?<!LMHead)Model)$", architecture) or [architecture])[0]
     auto_class = "AutoModel" + suffix.replace("ForPreTraining", "ForMaskedLM").removeprefix("Model")
     if auto_class not in AUTO_CLASSES:
         raise ConversionError(
@@ -134,7 +144,7 @@ def plan_weights(
     missing = {name: tensor.shape for name, tensor in wanted.items() if name not in entries}
     starting = {name: shape for name, shape in missing.items() if zeros and name.endswith(zeros)}
     if lost := sorted(missing.keys() - starting.keys()):
-        theirs = {ties.get(rename(name), rename(name)): name for name in source_names}
+        theirs = {rename(name): name for name in source_names}
         lost = [theirs.get(name, name) for name in lost]
     if unknown or lost:
         excess = f"it holds {listed(unknown)}, which cannot be mapped" if unknown else ""
@@ -220,10 +230,21 @@ def choose_length(num_positions: int, max_position_embeddings: int | None) -> in
     return max_position_embeddings
 
 
+def with_fields(config: NystromformerHFConfig, **fields) -> NystromformerHFConfig:
+    """A copy with other fields, checked."""
+    own = config.to_dict()
+    own.pop("auto_map", None)
+    if "num_labels" in fields:
+        del own["id2label"], own["label2id"]
+    try:
+        return NystromformerHFConfig.from_dict({**own, **fields})
+    except (ValueError, StrictDataclassError) as error:
+        raise ConversionError(in_one_line(error)) from error
+
+
 def prompt_for(head: str, config: PreTrainedConfig, length: int, seed: int) -> dict[str, torch.Tensor]:
-    """`input_ids` for a model with `head` (two texts for multiple choice, else one), none of them padding."""
-    count = 2 if head == "AutoModelForMultipleChoice" else 1
-    tokens = random_tokens(config.vocab_size, count * length, seed).view(count, length)
+    """`input_ids` of one text without padding, for a model with `head`."""
+    tokens = random_tokens(config.vocab_size, length, seed)
     if config.pad_token_id is not None:
         tokens = tokens.where(tokens != config.pad_token_id, (config.pad_token_id + 1) % config.vocab_size)
-    return {"input_ids": tokens[None] if count > 1 else tokens}
+    return {"input_ids": tokens[None] if head == "AutoModelForMultipleChoice" else tokens}
