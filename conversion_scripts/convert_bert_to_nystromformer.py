@@ -117,7 +117,7 @@ SHARED_FIELDS = (
 # Fields of our attention that are no settings of this script.
 SOURCE_DECIDES = ("max_position_embeddings", "attention_probs_dropout_prob", "classifier_activation")
 # What a model that was trained with ordinary attention wants otherwise than the published Nyströmformers.
-DEFAULTS = {"conv_kernel_size": None, "inverse_regularization": 0.01, "landmark_refinement_steps": 1}
+DEFAULTS = {"conv_kernel_size": None, "landmark_refinement_steps": 1}
 
 
 def convert(

@@ -117,11 +117,10 @@ def test_convolution_starts_as_nothing(source, output):
 
 def test_attention_of_the_result(source, output):
     save_checkpoint(source, "bert")
-    convert(str(source), output, {"num_landmarks": 8, "inverse_regularization": None, "inverse_iterations": 12})
+    convert(str(source), output, {"num_landmarks": 8, "inverse_regularization": 0.01, "inverse_iterations": 12})
     config = AutoConfig.from_pretrained(output)
-    assert (config.num_landmarks, config.inverse_regularization, config.inverse_iterations) == (8, None, 12)
-    for name in DEFAULTS.keys() - {"inverse_regularization"}:
-        assert getattr(config, name) == DEFAULTS[name]
+    assert (config.num_landmarks, config.inverse_regularization, config.inverse_iterations) == (8, 0.01, 12)
+    assert {name: getattr(config, name) for name in DEFAULTS} == DEFAULTS
 
 
 def test_shards_dtype_and_every_bit_are_kept(source, output):
@@ -337,14 +336,14 @@ class TestCommandLine:
     @pytest.mark.parametrize("module", [True, False], ids=["module", "script"])
     def test_one_command(self, module, source, output, tmp_path):
         model = save_checkpoint(source, "bert", "sequence-classification")
-        options = ["--num-landmarks", "24", "--inverse-regularization", "none", "--max-position-embeddings", "100"]
+        options = ["--num-landmarks", "24", "--inverse-regularization", "0.01", "--max-position-embeddings", "100"]
         kwargs = {} if module else {"cwd": tmp_path}
         result = run_script(self.NAME, str(source), str(output), *options, module=module, **kwargs)
         assert result.returncode == 0, result.stderr
         assert re.search(r"verified: largest logit difference \d\.\de[+-]\d\d over 24 tokens in float32", result.stdout)
         assert difference(model, output, "sequence-classification", length=24) < PARITY
         config = AutoConfig.from_pretrained(output)
-        assert (config.num_landmarks, config.inverse_regularization) == (24, None)
+        assert (config.num_landmarks, config.inverse_regularization) == (24, 0.01)
 
     def test_hub_to_hub(self, source, output, tmp_path):
         model = TestSentenceEncoders().save(source)
