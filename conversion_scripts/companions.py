@@ -87,12 +87,17 @@ def check_tokenizer(partial: Path, tokenizer: PreTrainedTokenizerBase | None) ->
         return
     text = "The quick brown fox, 1,234 times: naïve café\n\n\tdef f(x): return x"
 
+    def behaviour(tokenizer: PreTrainedTokenizerBase) -> tuple:
+        # Of a pair as well, whose token types tell an encoder which text is which.
+        encoded = dict(tokenizer(text)), dict(tokenizer(text, text))
+        return *encoded, tokenizer.special_tokens_map, tokenizer.model_max_length, tokenizer.chat_template
+
     def same() -> bool:
         try:
             kept = AutoTokenizer.from_pretrained(partial, trust_remote_code=True)
         except Exception:  # each kind of tokenizer raises its own
             return False
-        return kept(text)["input_ids"] == tokenizer(text)["input_ids"] and kept.chat_template == tokenizer.chat_template
+        return behaviour(kept) == behaviour(tokenizer)
 
     if not same():
         tokenizer.save_pretrained(partial)

@@ -133,6 +133,8 @@ def convert(
     opened = open_source(source, revision, head, config_file, num_attention_heads, settings.get("num_landmarks"))
     check_output(output, overwrite, opened.folder)
     check_direction(source, opened, to)
+    if verify not in (None, "float32") and not is_softmax(opened.config):
+        raise ConversionError(f"verify={verify}: transformers' class fails in that dtype; allowed are float32 and no")
     length = choose_length(opened.config.max_position_embeddings, max_position_embeddings)
     if to == IN_TREE_MODEL_TYPE:
         config = in_tree_config(opened.config, opened.auto_class, length, segment_means_seq_len)

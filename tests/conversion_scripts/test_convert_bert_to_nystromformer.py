@@ -376,6 +376,23 @@ class TestCommandLine:
         assert "--hidden-size" not in text
 
 
+def test_tokenizer_of_older_checkpoints(source, output):
+    """Its class, and with it the special tokens and the types of a pair's tokens, once followed from the model type alone."""
+    save_checkpoint(source, "bert")
+    for path in source.glob("*token*"):
+        path.unlink()
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "state", "of", "union"]
+    (source / "vocab.txt").write_text("\n".join(words) + "\n")
+    (source / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": True, "model_max_length": 64}))
+    convert(str(source), output, verify=None)
+    original, kept = AutoTokenizer.from_pretrained(source), AutoTokenizer.from_pretrained(output)
+    assert kept.mask_token == "[MASK]"
+    assert kept.model_max_length == 64
+    pair = original("The union", "of the state")
+    assert dict(kept("The union", "of the state")) == dict(pair)
+    assert pair["token_type_ids"] == [0, 0, 0, 0, 1, 1, 1, 1]
+
+
 def test_tokenizer_and_licence_are_kept(source, output):
     save_checkpoint(source, "roberta")
     (source / "LICENSE").write_text("Ours.")

@@ -143,6 +143,15 @@ def test_no_length_at_which_transformers_could_be_asked(source, output):
     assert "not verified" in said[-1]
 
 
+def test_comparison_in_half_precision(source, output, tmp_path):
+    """Transformers' class can do it without landmarks only."""
+    save_checkpoint(source, "nystromformer", dtype=torch.bfloat16)
+    assert_refused("verify=bfloat16.*allowed are float32 and no", source, output, verify="bfloat16")
+    save_checkpoint(tmp_path / "softmax", "nystromformer", num_landmarks=64, dtype=torch.bfloat16)
+    assert convert(str(tmp_path / "softmax"), output, verify="bfloat16") < 0.2
+    assert load(output).dtype == torch.bfloat16
+
+
 class TestWayBack:
     @pytest.mark.parametrize("kernel_size", [None, 8, 9])
     def test_convolutions(self, kernel_size, source, output):
