@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet install --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help test demo demo-nystromformer demo-conversion conformance bench approximation lint format clean
+.PHONY: help test demo demo-nystromformer demo-conversion conformance bench approximation sentences lint format clean
 
 help:  ## show this list
 	@echo "usage: make TARGET [ARGS='...']"
@@ -40,6 +40,9 @@ bench: $(VENV)/.stamp-bench  ## time our models beside their peers and plot the 
 
 approximation: $(VENV)/.stamp-bench $(VENV)/.stamp-weights  ## how close Nyström attention comes to softmax on trained weights
 	$(BIN)/python -m tests.benchmarks.approximation $(ARGS)
+
+sentences: $(VENV)/.stamp-bench $(VENV)/.stamp-weights  ## how close a converted sentence encoder stays to the original, and its retrieval
+	$(BIN)/python -m tests.benchmarks.sentences $(ARGS)
 
 lint: $(VENV)/.stamp-dev  ## check style and formatting
 	$(BIN)/ruff check .

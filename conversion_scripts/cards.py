@@ -25,7 +25,9 @@ from conversion_scripts.card_facts import (
     Approximation,
     Cost,
     Facts,
+    Parity,
     Perplexity,
+    Stage,
     Training,
     write_facts,
 )
@@ -37,6 +39,9 @@ from conversion_scripts.licenses import IDENTIFIER, find_license, read_metadata
 TEMPLATES = Path(__file__).resolve().parents[1] / "model_cards"
 # What every card has in common, and the other templates take in as `measurements`.
 SHARED_TEMPLATE = "measurements.md"
+LICENSE_UNKNOWN = (
+    "license: the source states none that could be read, so the model card has none; name it with --license"
+)
 LANGUAGE = r"[a-z]{2,3}(-[A-Za-z]+)?|code|multilingual"
 
 
@@ -90,6 +95,19 @@ def add_card_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+class CardOptions(NamedTuple):
+    """What only the user knows. `license` and `base_model`: where the source does not say them itself. `model_id`: what the
+    model is loaded by, by default the name of its folder. `command`: what a repetition needs to type."""
+
+    license: str | None = None
+    base_model: str | None = None
+    model_id: str | None = None
+    command: str | None = None
+
+
+NOTHING_SAID = CardOptions()
+
+
 def check_card_tools(architecture: str) -> None:
     """`ConversionError` where a card of this architecture cannot be written: better known before a conversion than after."""
     if architecture not in ARCHITECTURES:
@@ -104,17 +122,13 @@ def check_card_tools(architecture: str) -> None:
 
 
 def source_facts(
-    architecture: str,
-    folder: Path,
-    *,
-    license: str | None = None,
-    base_model: str | None = None,
-    stated_license: str | None = None,
+    architecture: str, folder: Path, options: CardOptions = NOTHING_SAID, stated_license: str | None = None
 ) -> Facts:
     """What the checkpoint in `folder` says of itself: licence, language, and its name where it came from the Hub.
 
-    `license` and `base_model` are the user's word and go before that; `stated_license` is what a weight file says.
+    `options` are the user's word and go before that; `stated_license` is what a weight file says.
     """
+    license, base_model = options.license, options.base_model
     snapshot = hub_snapshot(folder)
     root = folder if snapshot is None else snapshot.folder
     if base_model is None and snapshot is not None:
@@ -144,6 +158,24 @@ def hub_snapshot(folder: Path) -> Snapshot | None:
         if path.parent.name == "snapshots" and name.startswith("models--"):
             return Snapshot(path, name.removeprefix("models--").replace("--", "/"), path.name)
     return None
+
+
+def conversion_stage(
+    folder: Path, command: str | None, parity: Parity | None, remarks: list[str], file: str = ""
+) -> Stage:
+    """A conversion of the checkpoint in `folder`, or of one `file` in it."""
+    snapshot = hub_snapshot(folder)
+    parts = [snapshot.repo_id, file] if snapshot else [file or folder.name]
+    source = "/".join(part for part in parts if part)
+    return Stage(
+        "Conversion",
+        source=source,
+        revision=None if snapshot is None else snapshot.revision,
+        command=command,
+        versions=versions(),
+        remarks=remarks,
+        parity=parity,
+    )
 
 
 def command_line(module: str, arguments: Sequence[str]) -> str:

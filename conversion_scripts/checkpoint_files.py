@@ -41,12 +41,16 @@ KEPT_FILES = (
     "merges.txt",
     "*.tiktoken",
     "spiece.model",
+    "sentencepiece.bpe.model",
     "chat_template*",
     "additional_chat_templates",
     "LICENSE*",
     "NOTICE*",
     "USE_POLICY*",
 )
+# What makes a checkpoint a sentence encoder of the library sentence-transformers; `modules.json` names folders as well.
+SENTENCE_MODULES = "modules.json"
+SENTENCE_FILES = (SENTENCE_MODULES, "sentence_*_config.json", "config_sentence_transformers.json")
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -127,7 +131,7 @@ class Checkpoint:
 
     @contextmanager
     def _open(self, path: Path):
-        if path.suffix == ".bin":
+        if path.suffix != ".safetensors":
             yield _PickledFile(path)
             return
         try:
@@ -139,8 +143,17 @@ class Checkpoint:
             yield file
 
 
+class TrainingCheckpoint(Checkpoint):
+    """The weights in one file that a training script wrote with `torch.save`: a state dict, or one under
+    `"model_state_dict"` beside the optimizer's and so on."""
+
+    def __init__(self, path: Path):
+        super().__init__(path.parent)
+        self.paths = [path]
+
+
 class _PickledFile:
-    """A `.bin` file under the interface of `safe_open`: mapped into memory, and unpickled as tensors only."""
+    """A file of `torch.save` under the interface of `safe_open`: mapped into memory, and unpickled as tensors only."""
 
     def __init__(self, path: Path):
         try:
@@ -153,6 +166,10 @@ class _PickledFile:
                 f"{path} cannot be read as tensors alone ({reason}); it is damaged, or holds objects that are not loaded "
                 "for safety: copy or download it again, or save it as safetensors"
             ) from error
+        if not isinstance(self.tensors, dict):
+            raise ConversionError(f"{path} holds a {type(self.tensors).__name__}; allowed is a state dict")
+        if isinstance(state := self.tensors.get("model_state_dict"), dict):
+            self.tensors = state
         others = [
             f"{key} ({type(value).__name__})" for key, value in self.tensors.items() if not torch.is_tensor(value)
         ]
@@ -283,6 +300,9 @@ def find_source(source: str, revision: str | None = None) -> tuple[Path, str | N
             folder = snapshot_download(repo_id, revision=revision, allow_patterns=names)
             if Path(folder, names[0]).is_file():
                 break
+        if modules := sentence_modules(Path(folder)):
+            patterns = [f"{name}/*" for name in modules]
+            folder = snapshot_download(repo_id, revision=revision, allow_patterns=patterns)
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise
@@ -292,6 +312,10 @@ def find_source(source: str, revision: str | None = None) -> tuple[Path, str | N
             "`hf auth login` for a private or gated repository"
         ) from error
     return Path(folder), None
+
+
+def in_one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def read_json(path: Path) -> dict:
@@ -306,9 +330,28 @@ def read_json(path: Path) -> dict:
     return content
 
 
+def sentence_modules(folder: Path) -> list[str]:
+    """Folders of a sentence encoder's further modules (pooling, for one), below `folder`."""
+    try:
+        modules = json.loads((folder / SENTENCE_MODULES).read_text(encoding="utf-8"))
+        names = [module["path"] for module in modules if module["path"]]
+    except FileNotFoundError:
+        return []
+    except (ValueError, TypeError, KeyError) as error:
+        raise ConversionError(
+            f"{folder / SENTENCE_MODULES} is no list of modules; copy or download it again"
+        ) from error
+    if outside := [name for name in names if Path(name).name != name or name == ".."]:
+        raise ConversionError(
+            f"{folder / SENTENCE_MODULES} names folders that are not beside it ({', '.join(outside)}); repair it"
+        )
+    return names
+
+
 def keep_files(source: Path, folder: Path) -> None:
-    """Copies tokenizer, chat templates, generation config and licence as they are."""
-    for pattern in KEPT_FILES:
+    """Copies tokenizer, chat templates, generation config, licence and what belongs to a sentence encoder as they are."""
+    modules = sentence_modules(source)
+    for pattern in (*KEPT_FILES, *(SENTENCE_FILES if modules else ()), *modules):
         for path in sorted(source.glob(pattern)):
             if path.is_dir():
                 shutil.copytree(path, folder / path.name)

@@ -6,12 +6,9 @@ The tensors pass through one at a time; the original and the result are then com
 """
 
 import argparse
-import dataclasses
-import inspect
-import re
+import functools
 import sys
 import types
-import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,29 +22,19 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from tqdm import tqdm
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.dynamic_module_utils import custom_object_save
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import is_gguf_available
-from transformers.utils.logging import disable_progress_bar
 
 import kermit_hf.modeling_kermit as kermit
 import nystromformer_hf.modeling_nystromformer_hf_decoder as nystromformer
-from conversion_scripts.card_facts import Parity, Stage
+from conversion_scripts.card_facts import Parity
 from conversion_scripts.cards import (
-    add_card_arguments,
+    LICENSE_UNKNOWN,
+    NOTHING_SAID,
+    CardOptions,
     check_card_tools,
-    command_line,
-    hub_snapshot,
+    conversion_stage,
     source_facts,
-    versions,
     write_card,
 )
 from conversion_scripts.checkpoint_files import (
@@ -57,15 +44,23 @@ from conversion_scripts.checkpoint_files import (
     GGUFCheckpoint,
     ShardWriter,
     atomic_folder,
-    check_login,
     check_output,
     check_space,
     find_source,
-    keep_files,
+    in_one_line,
     listed,
-    push_folder,
     read_json,
 )
+from conversion_scripts.command_line import (
+    Setting,
+    add_file_options,
+    add_setting,
+    config_settings,
+    run,
+)
+from conversion_scripts.command_line import make_parser as make_shared_parser
+from conversion_scripts.companions import check_tokenizer, check_vocabulary, load_tokenizer, write_companions
+from conversion_scripts.verification import VERIFIED_TOKENS, compare, random_tokens
 
 
 class Family(NamedTuple):
@@ -105,11 +100,6 @@ SHARED_FIELDS = (
 )
 # Fields of a target's attention that the source decides; a language model is causal.
 SOURCE_DECIDES = ("use_qk_norm", "attention_output_bias", "is_causal")
-
-# Largest difference of two logits that verification accepts: absolute in float32; in the half precisions, whose rounding
-# grows with the numbers, a share of the largest logit (bfloat16 keeps 8 bits, float16 11).
-TOLERANCES = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 1e-2}
-VERIFIED_TOKENS = 256
 
 
 class Target(NamedTuple):
@@ -161,10 +151,7 @@ def convert(
     overwrite: bool = False,
     max_shard_bytes: int = 5 * 10**9,
     verify: str | None = "float32",
-    license: str | None = None,
-    base_model: str | None = None,
-    model_id: str | None = None,
-    command: str | None = None,
+    card: CardOptions = NOTHING_SAID,
     say: Callable[[str], None] = lambda message: None,
 ) -> float | None:
     """Converts the checkpoint `source` (folder, Hub id or GGUF file) into the folder `output`, model card included.
@@ -175,9 +162,7 @@ def convert(
         far_bias: start of KERMIT's far-field logit; strongly negative leaves window and sinks alone.
         seed: of the weights that the source lacks.
         verify: dtype of the comparison with the original, a key of `TOLERANCES`, or None for no comparison.
-        license, base_model: for the model card, where the source does not say them itself.
-        model_id: what the model is loaded by, for the card: the Hub id it will have, or by default the name of `output`.
-        command: for the card, what a repetition needs to type.
+        card: for the model card.
         say: takes the lines that report progress.
 
     Returns the largest difference of two logits, None where none were compared. Raises `ConversionError`, and leaves no
@@ -195,9 +180,9 @@ def convert(
     plan = plan_weights(checkpoint, model, config)
     tokenizer = load_tokenizer(folder, gguf_file)
     check_vocabulary(config, checkpoint.num_tokens if gguf_file else None if tokenizer is None else len(tokenizer))
-    facts = source_facts(to, folder, license=license, base_model=base_model, stated_license=checkpoint.license)
+    facts = source_facts(to, folder, card, checkpoint.license)
     if facts.license is None:
-        say("license: the source states none that could be read, so the model card has none; name it with --license")
+        say(LICENSE_UNKNOWN)
 
     dtype = plan.mapped["model.embed_tokens.weight"].dtype
     own_bytes = sum(tensor.numel() * dtype.itemsize for tensor in plan.own.values())
@@ -215,13 +200,13 @@ def convert(
                 writer.add(name, tensor.to(dtype))
                 progress.update(tensor.numel() * dtype.itemsize)
         writer.finish()
-        write_companions(partial, folder, gguf_file, model, dtype, tokenizer)
+        write_companions(partial, folder, model, dtype, tokenizer, gguf_file)
         check_tokenizer(partial, tokenizer)
-        parity = compare(folder, gguf_file, partial, target, verify, seed, say) if verify else None
-        stage = conversion_stage(folder, gguf_file, plan, seed, far_bias)
-        stage.command, stage.parity = command, parity
+        parity = verify_logits(folder, gguf_file, partial, target, verify, seed, say) if verify else None
+        remarks = remarks_on(plan, gguf_file, seed, far_bias)
+        stage = conversion_stage(folder, card.command, parity, remarks, gguf_file or "")
         attention = {name: getattr(config, name) for name in attention_settings(target.config_class)}
-        write_card(partial, facts.with_stage(stage, settings=attention), model_id or output.name)
+        write_card(partial, facts.with_stage(stage, settings=attention), card.model_id or output.name)
     return None if parity is None else parity.difference
 
 
@@ -241,7 +226,7 @@ def read_config(folder: Path, gguf_file: str | None) -> PreTrainedConfig:
         config = AutoConfig.from_pretrained(folder, gguf_file=gguf_file, trust_remote_code=False)
     except Exception as error:  # the reader of a damaged GGUF file raises whatever it stumbles upon
         raise ConversionError(
-            f"the config of {folder / (gguf_file or 'config.json')} cannot be read ({_line(error)}); allowed are "
+            f"the config of {folder / (gguf_file or 'config.json')} cannot be read ({in_one_line(error)}); allowed are "
             f"{', '.join(FAMILIES)}"
         ) from error
     if config.model_type not in FAMILIES:
@@ -273,7 +258,7 @@ def target_config(source: PreTrainedConfig, target: Target, settings: dict[str, 
     try:
         return target.config_class(**fields, **settings)
     except (ValueError, StrictDataclassError) as error:
-        raise ConversionError(_line(error)) from error
+        raise ConversionError(in_one_line(error)) from error
 
 
 def map_sliding_windows(source: PreTrainedConfig, target: Target, settings: dict[str, Any]) -> dict[str, Any]:
@@ -421,86 +406,10 @@ def own_weights(model: PreTrainedModel, own: dict[str, torch.Tensor], seed: int,
             attention.to("meta")
 
 
-def load_tokenizer(folder: Path, gguf_file: str | None) -> PreTrainedTokenizerBase | None:
-    """The source's tokenizer, None where it has none."""
-    files = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
-    if gguf_file is None and not any((folder / name).is_file() for name in files):
-        return None
-    try:
-        return AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file, trust_remote_code=False)
-    except Exception as error:  # each kind of tokenizer raises its own
-        raise ConversionError(
-            f"the tokenizer of {folder} cannot be read ({_line(error)}); repair it, install what it asks for, or take its "
-            "files away"
-        ) from error
-
-
-def check_vocabulary(config: PreTrainedConfig, num_tokens: int | None) -> None:
-    """`ConversionError` if token ids exceed the embedding; `num_tokens` is the tokenizer's number of them."""
-    if num_tokens is not None and num_tokens > config.vocab_size:
-        raise ConversionError(
-            f"the tokenizer has {num_tokens} tokens, but the config has vocab_size={config.vocab_size}: it belongs to "
-            "another checkpoint, or tokens were added without `resize_token_embeddings`; put the right tokenizer files there"
-        )
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        ids = getattr(config, name)
-        for token in ids if isinstance(ids, list) else [ids]:
-            if token is not None and token >= config.vocab_size:
-                raise ConversionError(
-                    f"{name}={token} lies outside of vocab_size={config.vocab_size}; repair config.json"
-                )
-
-
-def write_companions(
-    partial: Path,
-    folder: Path,
-    gguf_file: str | None,
-    model: PreTrainedModel,
-    dtype: torch.dtype,
-    tokenizer: PreTrainedTokenizerBase | None,
-) -> None:
-    """Everything but the weights, as the model's own `save_pretrained` leaves it: code, config, and what is kept."""
-    config, modeling = model.config, sys.modules[type(model).__module__]
-    module = modeling.__name__.split(".")[-1]
-    config.auto_map = {auto: f"{module}.{head.__name__}" for auto, head in modeling.AUTO_CLASSES.items()}
-    config.architectures = [type(model).__name__]
-    config.dtype = str(dtype).removeprefix("torch.")
-    custom_object_save(model, partial, config=config)
-    config.save_pretrained(partial)
-    if gguf_file:
-        tokenizer.save_pretrained(partial)
-    else:
-        keep_files(folder, partial)
-    if not (partial / "generation_config.json").is_file():
-        GenerationConfig.from_model_config(config).save_pretrained(partial)
-
-
-def check_tokenizer(partial: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
-    """Sees to it that the tokenizer loads from beside our config, where its class cannot be told by the model type."""
-    if tokenizer is None:
-        return
-    text = "The quick brown fox, 1,234 times: naïve café\n\n\tdef f(x): return x"
-
-    def same() -> bool:
-        try:
-            kept = AutoTokenizer.from_pretrained(partial, trust_remote_code=True)
-        except Exception:  # each kind of tokenizer raises its own
-            return False
-        return kept(text)["input_ids"] == tokenizer(text)["input_ids"] and kept.chat_template == tokenizer.chat_template
-
-    if not same():
-        tokenizer.save_pretrained(partial)
-        if not same():
-            raise ConversionError("the tokenizer does not come out as it went in; save it anew with `save_pretrained`")
-
-
-def conversion_stage(folder: Path, gguf_file: str | None, plan: Plan, seed: int, far_bias: float) -> Stage:
+def remarks_on(plan: Plan, gguf_file: str | None, seed: int, far_bias: float) -> list[str]:
     """What the model card says of how the weights came about."""
-    snapshot = hub_snapshot(folder)
-    source = folder.name if snapshot is None else snapshot.repo_id
     remarks = []
     if gguf_file:
-        source = gguf_file if snapshot is None else f"{source}/{gguf_file}"
         remarks.append("The weights of the GGUF file were dequantised to float32.")
     if plan.own:
         remarks.append(f"{len(plan.own)} tensors that the source lacks start as in a new model, seed {seed}.")
@@ -509,11 +418,10 @@ def conversion_stage(folder: Path, gguf_file: str | None, plan: Plan, seed: int,
             f"The logit of the far field starts with a bias of {far_bias:g}: strongly negative, the model is window and "
             "sinks until training opens the far field."
         )
-    revision = None if snapshot is None else snapshot.revision
-    return Stage("Conversion", source=source, revision=revision, versions=versions(), remarks=remarks)
+    return remarks
 
 
-def compare(
+def verify_logits(
     folder: Path,
     gguf_file: str | None,
     partial: Path,
@@ -522,82 +430,23 @@ def compare(
     seed: int,
     say: Callable[[str], None],
 ) -> Parity | None:
-    """Largest difference of the logits of a random prompt, as long as attention is exact. `ConversionError` above the
-    tolerance."""
+    """How far the logits of a random prompt are apart, as long as attention is exact."""
     config = target.config_class.from_pretrained(partial)
     length = min(target.exact_tokens(config), config.max_position_embeddings, VERIFIED_TOKENS)
     if length < 1:
         say("not verified: with window_size=0 nothing is attended exactly, so logits differ until training")
         return None
-    prompt = torch.randint(config.vocab_size, (1, length), generator=torch.Generator().manual_seed(seed))
-
-    @torch.no_grad()
-    def logits(model_class, source, **kwargs) -> torch.Tensor:
-        model = model_class.from_pretrained(source, dtype=getattr(torch, dtype), **kwargs).eval()
-        return model(prompt, use_cache=False).logits.float()
-
-    original = logits(AutoModelForCausalLM, folder, gguf_file=gguf_file, trust_remote_code=False)
-    converted = logits(target.model_class, partial)
-    difference = float((original - converted).abs().max())
-    tolerance = TOLERANCES[dtype] * (1.0 if dtype == "float32" else float(original.abs().max()))
-    verdict = f"largest logit difference {difference:.1e} over {length} tokens in {dtype} (tolerance {tolerance:.1e})"
-    if not difference <= tolerance:  # NaN is no agreement either
-        raise ConversionError(
-            f"the result is not the original: {verdict}; the checkpoint uses something that is not mapped. Nothing was kept"
-        )
-    say(f"verified: {verdict}")
-    return Parity(difference, length, dtype, tolerance)
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-class Setting(NamedTuple):
-    """One field of a target's config: its type, default and description."""
-
-    type: Any
-    default: Any
-    help: str
+    load_original = functools.partial(
+        AutoModelForCausalLM.from_pretrained, folder, gguf_file=gguf_file, trust_remote_code=False
+    )
+    load_converted = functools.partial(target.model_class.from_pretrained, partial)
+    inputs = {"input_ids": random_tokens(config.vocab_size, length, seed), "use_cache": False}
+    return compare(load_original, load_converted, inputs, dtype, say)
 
 
 def attention_settings(config_class: type[PreTrainedConfig]) -> dict[str, Setting]:
-    """The fields that a config's docstring describes, by name, without those that the source decides."""
-    arguments = inspect.cleandoc(config_class.__doc__).split("Args:\n", 1)[1].split("\n```", 1)[0]
-    fields = {field.name: field for field in dataclasses.fields(config_class)}
-    entries = re.findall(r"^    (\w+) \(.*\):\n((?:        .*\n?)+)", arguments, re.MULTILINE)
-    return {
-        name: Setting(fields[name].type, fields[name].default, " ".join(text.replace("`", "").split()))
-        for name, text in entries
-        if name in fields and name not in SOURCE_DECIDES
-    }
-
-
-def parse_layer_types(text: str) -> list[str]:
-    """`NAME` or `NAME*COUNT`"""
-    name, _, count = text.partition("*")
-    if count and not count.isdigit():
-        raise argparse.ArgumentTypeError(f"{text!r}: allowed are NAME and NAME*COUNT")
-    return [name] * int(count or 1)
-
-
-def option_of(settings: Sequence[Setting]) -> dict[str, Any]:
-    """How `argparse` reads a setting that one target has, or several under one name. The config says what is allowed."""
-    kinds = {kind for setting in settings for kind in typing.get_args(setting.type | None)}
-    if bool in kinds:
-        return {"action": argparse.BooleanOptionalAction}
-    if list[str] in kinds:
-        return {"nargs": "+", "type": parse_layer_types, "metavar": "NAME[*COUNT]"}
-    if str in kinds:
-        return {"metavar": "NAME"}
-    optional = any(types.NoneType in typing.get_args(setting.type) for setting in settings)
-
-    def number(text: str) -> int | float | None:
-        if optional and text.lower() == "none":
-            return None
-        return float(text) if float in kinds and not text.lstrip("+-").isdigit() else int(text)
-
-    return {"type": number, "metavar": "N"}
+    """The fields of a target's config that become options."""
+    return config_settings(config_class, SOURCE_DECIDES)
 
 
 EXAMPLES = """examples:
@@ -611,41 +460,15 @@ EXAMPLES = """examples:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m conversion_scripts.convert_llama",
-        description="Turns a Llama-shaped checkpoint (llama, mistral, qwen2, qwen3) into one of our architectures, tensor by "
-        "tensor, and compares the two. OUTPUT appears when it is whole, or not at all.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+    parser = make_shared_parser(
+        "convert_llama",
+        "Turns a Llama-shaped checkpoint (llama, mistral, qwen2, qwen3) into one of our architectures, tensor by tensor, and "
+        "compares the two. OUTPUT appears when it is whole, or not at all.",
+        EXAMPLES,
+        source="folder, .gguf file, Hub id, or Hub id and .gguf file (user/name/file.gguf)",
     )
-    parser.add_argument(
-        "source", metavar="SOURCE", help="folder, .gguf file, Hub id, or Hub id and .gguf file (user/name/file.gguf)"
-    )
-    parser.add_argument("output", metavar="OUTPUT", help="folder for the result")
     parser.add_argument("--to", required=True, choices=TARGETS, help="architecture of the result")
-    parser.add_argument("--revision", help="branch, tag or commit of a Hub id")
-    parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint at OUTPUT")
-    parser.add_argument(
-        "--max-shard-size",
-        type=parse_size,
-        default="5GB",
-        metavar="SIZE",
-        help="largest weight file, and about the memory needed to write it (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of the new weights and of the prompt (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--verify",
-        default="float32",
-        choices=(*TOLERANCES, "no"),
-        help="dtype in which the original and the result are compared; both are loaded, one after the other. Tolerance 1e-3 in "
-        "float32; in bfloat16 0.05 and in float16 0.01 of the largest logit (default: %(default)s)",
-    )
-    add_card_arguments(parser)
-    parser.add_argument("--push-to-hub", metavar="USER/NAME", help="upload OUTPUT to this repository")
-    parser.add_argument("--private", action="store_true", help="make that repository a private one, if it is new")
+    add_file_options(parser, seeded="the new weights and of the prompt")
 
     by_target = {to: attention_settings(target.config_class) for to, target in TARGETS.items()}
     names = dict.fromkeys(name for settings in by_target.values() for name in settings)
@@ -658,12 +481,7 @@ def make_parser() -> argparse.ArgumentParser:
         parts = [f"{by_target[to][name].help} (default: {by_target[to][name].default})" for to in owners]
         if len(parts) > 1:
             parts = [f"{to}: {part}" for to, part in zip(owners, parts, strict=True)]
-        groups[owners].add_argument(
-            f"--{name.replace('_', '-')}",
-            dest=name,
-            help=" ".join(parts).replace("%", "%%"),
-            **option_of([by_target[to][name] for to in owners]),
-        )
+        add_setting(groups[owners], name, [by_target[to][name] for to in owners], " ".join(parts))
     groups[("kermit",)].add_argument(
         "--far-bias",
         type=float,
@@ -673,17 +491,8 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse_size(text: str) -> int:
-    """Bytes in `5GB`, `200MB`, `100KB`, `12345`."""
-    match = re.fullmatch(r"(\d+)\s*([KMGT]?)B?", text.strip(), re.IGNORECASE)
-    if not match or not int(match[1]):
-        raise argparse.ArgumentTypeError(f"{text!r} is no size; allowed are such as 5GB, 200MB")
-    return int(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " ")
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = make_parser()
-    arguments = sys.argv[1:] if arguments is None else arguments
     options = vars(parser.parse_args(arguments))
     to = options.pop("to")
     own = {
@@ -698,36 +507,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if "layer_types" in settings:
         settings["layer_types"] = [name for part in settings["layer_types"] for name in part]
 
-    repo_id = options["push_to_hub"]
-    disable_progress_bar()  # transformers' own, for each loading
-    try:
-        if repo_id:
-            check_login(repo_id)
-        convert(
-            options["source"],
-            options["output"],
-            to,
-            settings,
-            far_bias=options.get("far_bias", FAR_BIAS),
-            seed=options["seed"],
-            revision=options["revision"],
-            overwrite=options["overwrite"],
-            max_shard_bytes=options["max_shard_size"],
-            verify=None if options["verify"] == "no" else options["verify"],
-            license=options["license"],
-            base_model=options["base_model"],
-            model_id=repo_id,
-            command=command_line("conversion_scripts.convert_llama", arguments),
-            say=print,
-        )
-        print(f"{options['output']}: load it with AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True)")
-        if repo_id:
-            message = f"Converted from {options['source']}"
-            print(push_folder(Path(options["output"]).expanduser(), repo_id, options["private"], message))
-    except ConversionError as error:
-        raise SystemExit(f"convert_llama: {error}") from error
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+    hint = "load it with AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True)"
+    run(
+        "convert_llama",
+        convert,
+        arguments,
+        options,
+        to,
+        settings,
+        far_bias=options.get("far_bias", FAR_BIAS),
+        hint=hint,
+    )
 
 
 if __name__ == "__main__":

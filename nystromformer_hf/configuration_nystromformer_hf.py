@@ -46,6 +46,9 @@ class NystromformerHFConfig(PreTrainedConfig):
         landmark_refinement_steps (`int`, defaults to 0):
             Steps of k-means that move landmarks from segment means towards clusters of tokens: closer to ordinary
             attention with the same landmarks, for more time.
+        classifier_activation (`str`, *optional*):
+            Activation between the two layers of the heads for sequence classification and multiple choice. `None` is that
+            of the published models, `hidden_act` and ReLU; those of BERT and RoBERTa have `"tanh"`.
 
     ```python
     >>> from nystromformer_hf import NystromformerHFConfig, NystromformerHFForMaskedLM
@@ -73,6 +76,7 @@ class NystromformerHFConfig(PreTrainedConfig):
     inverse_init: str = "original"
     inverse_regularization: float | int | None = None
     landmark_refinement_steps: int = 0
+    classifier_activation: str | None = None
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-5
     pad_token_id: int | None = 1
@@ -87,7 +91,8 @@ class NystromformerHFConfig(PreTrainedConfig):
         """Take over a configuration of transformers' own Nyströmformer.
 
         Its `num_landmarks == segment_means_seq_len` means softmax attention at every length it has positions for, which
-        here is as many landmarks as there are positions.
+        here is as many landmarks as there are positions. More landmarks than `segment_means_seq_len` work nowhere: there
+        the two are swapped, as in a configuration that the authors released.
 
         Args:
             source: that configuration, or the checkpoint folder or Hub id that holds it.
@@ -110,8 +115,11 @@ class NystromformerHFConfig(PreTrainedConfig):
         for name in ("model_type", "transformers_version", "architectures", "add_cross_attention"):
             fields.pop(name, None)
         fields["inverse_init"] = "exact" if fields.pop("inv_coeff_init_option") else "original"
-        if fields.pop("segment_means_seq_len") == fields["num_landmarks"]:
-            fields["num_landmarks"] = max(fields["num_landmarks"], fields["max_position_embeddings"])
+        num_landmarks, seq_len = fields["num_landmarks"], fields.pop("segment_means_seq_len")
+        if num_landmarks == seq_len:
+            fields["num_landmarks"] = max(num_landmarks, fields["max_position_embeddings"])
+        else:
+            fields["num_landmarks"] = min(num_landmarks, seq_len)
         if "num_labels" in own_fields:
             del fields["id2label"], fields["label2id"]
         return cls.from_dict(fields | own_fields, return_unused_kwargs=return_unused_kwargs, **kwargs)
@@ -141,8 +149,13 @@ class NystromformerHFConfig(PreTrainedConfig):
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} is no probability; allowed are 0 ≤ {name} < 1")
+        known = ", ".join(sorted(ACT2FN))
         if self.hidden_act not in ACT2FN:
-            raise ValueError(f"hidden_act={self.hidden_act!r} is unknown; allowed are {', '.join(sorted(ACT2FN))}")
+            raise ValueError(f"hidden_act={self.hidden_act!r} is unknown; allowed are {known}")
+        if self.classifier_activation is not None and self.classifier_activation not in ACT2FN:
+            raise ValueError(
+                f"classifier_activation={self.classifier_activation!r} is unknown; allowed are None and {known}"
+            )
         if self.inverse_init not in INVERSE_INITS:
             raise ValueError(f"inverse_init={self.inverse_init!r} is unknown; allowed are {', '.join(INVERSE_INITS)}")
         if self.inverse_regularization is not None and not self.inverse_regularization > 0:

@@ -420,7 +420,7 @@ class NystromformerHFClassificationHead(nn.Module):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        self.activation = activation(config.hidden_act)
+        self.activation = activation(config.classifier_activation or config.hidden_act)
         self.out_proj = nn.Linear(config.hidden_size, config.num_labels)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
@@ -479,6 +479,7 @@ class NystromformerHFForMultipleChoice(NystromformerHFPreTrainedModel):
         super().__init__(config)
         self.nystromformer = NystromformerHFModel(config)
         self.pre_classifier = nn.Linear(config.hidden_size, config.hidden_size)
+        self.activation = activation(config.classifier_activation or "relu")
         self.classifier = nn.Linear(config.hidden_size, 1)
         self.post_init()
 
@@ -513,8 +514,8 @@ class NystromformerHFForMultipleChoice(NystromformerHFPreTrainedModel):
             for x in (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         )
         outputs = self.nystromformer(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
-        pooled = nn.functional.relu(self.pre_classifier(first_tokens(outputs.last_hidden_state, attention_mask)))
-        logits = self.classifier(pooled).view(-1, num_choices)
+        pooled = self.pre_classifier(first_tokens(outputs.last_hidden_state, attention_mask))
+        logits = self.classifier(self.activation(pooled)).view(-1, num_choices)
         loss = None
         if labels is not None:
             check_shape("labels", labels, tuple(logits.shape[:1]))

@@ -4,8 +4,8 @@ python -m tests.benchmarks                                       # everything, a
 python -m tests.benchmarks --only kermit-forward kermit-decoding
 python -m tests.benchmarks --lengths 512 4096 --output /tmp/bench
 
-Two more have their own command: tests.benchmarks.learning (what KERMIT's settings learn) and
-tests.benchmarks.approximation (how close Nyström attention comes to softmax).
+Three more have their own command: tests.benchmarks.learning (what KERMIT's settings learn), tests.benchmarks.approximation
+(how close Nyström attention comes to softmax) and tests.benchmarks.sentences (what that leaves of a sentence encoder).
 """
 
 import argparse

@@ -21,7 +21,15 @@ from conversion_scripts.card_facts import (
     read_facts,
     write_facts,
 )
-from conversion_scripts.cards import ARCHITECTURES, check_card, command_line, hub_snapshot, source_facts, write_card
+from conversion_scripts.cards import (
+    ARCHITECTURES,
+    CardOptions,
+    check_card,
+    command_line,
+    hub_snapshot,
+    source_facts,
+    write_card,
+)
 from conversion_scripts.checkpoint_files import ConversionError
 
 
@@ -378,12 +386,12 @@ class TestSource:
         assert hub_snapshot(folder) == (folder.parent, "someone/original-1", "abc123")
         facts = source_facts("kermit", folder)
         assert (facts.base_model, facts.license, facts.language) == ("someone/original-1", "mit", ["en"])
-        assert source_facts("kermit", folder, base_model="a/b").base_model == "a/b"
+        assert source_facts("kermit", folder, CardOptions(base_model="a/b")).base_model == "a/b"
         assert hub_snapshot(tmp_path) is None
 
     def test_a_base_model_that_is_no_hub_id(self, tmp_path):
         with pytest.raises(ConversionError, match=r"--base-model \./folder/of/mine is no Hub id; allowed are such as"):
-            source_facts("kermit", tmp_path, base_model="./folder/of/mine")
+            source_facts("kermit", tmp_path, CardOptions(base_model="./folder/of/mine"))
 
 
 class TestRefusals:

@@ -15,20 +15,20 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from conversion_scripts import cards, checkpoint_files, convert_llama
+from conversion_scripts import cards, checkpoint_files, companions, convert_llama
 from conversion_scripts.card_facts import read_facts
-from conversion_scripts.cards import check_card
+from conversion_scripts.cards import CardOptions, check_card
 from conversion_scripts.checkpoint_files import ConversionError
 from conversion_scripts.convert_llama import TARGETS, attention_settings, convert, main, make_parser
+from tests.conversion_scripts.helpers import REPOSITORY, edit_json, edit_weights, run_script
 from tests.conversion_scripts.llama_checkpoints import CHAT_TEMPLATE, VOCABULARY, save_checkpoint
 from tests.hub_server import HubServer
 from tests.hub_session import INPUT_IDS, run_session
 
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 # Two float32 evaluations of the same function; the logits are of size 10.
 PARITY = 1e-4
@@ -44,18 +44,6 @@ def source(tmp_path: Path) -> Path:
 @pytest.fixture
 def output(tmp_path: Path) -> Path:
     return tmp_path / "output"
-
-
-def edit_json(path: Path, **changes) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-def edit_weights(folder: Path, change) -> None:
-    """`change` gets the dict of tensors of a checkpoint in one file."""
-    path = folder / "model.safetensors"
-    weights = {name: tensor.clone() for name, tensor in load_file(path).items()}
-    change(weights)
-    save_file(weights, path, metadata={"format": "pt"})
 
 
 @torch.no_grad()
@@ -205,7 +193,7 @@ class TestCard:
     def test_it_says_what_was_done(self, to, source, output):
         save_checkpoint(source)
         (source / "README.md").write_text("---\nlicense: mit\nlanguage: en\n---\n# The original")
-        difference = convert(str(source), output, to, WINDOW[to], command="python -m this --way")
+        difference = convert(str(source), output, to, WINDOW[to], card=CardOptions(command="python -m this --way"))
         facts = read_facts(output)
         assert facts.license == "mit"
         assert facts.settings.keys() == attention_settings(TARGETS[to].config_class).keys()
@@ -269,8 +257,8 @@ class TestCard:
 
     def test_refusals(self, source, output, monkeypatch):
         save_checkpoint(source)
-        assert_refused("--license mine is no licence", source, output, license="mine")
-        assert_refused("--base-model a/b/c is no Hub id", source, output, base_model="a/b/c")
+        assert_refused("--license mine is no licence", source, output, card=CardOptions(license="mine"))
+        assert_refused("--base-model a/b/c is no Hub id", source, output, card=CardOptions(base_model="a/b/c"))
         monkeypatch.setattr(cards, "TEMPLATES", output / "nowhere")
         assert_refused("copy the folder model_cards", source, output)
 
@@ -549,7 +537,7 @@ class TestRefusals:
         def full(*arguments, **kwargs):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-        module = checkpoint_files if function == "save_file" else convert_llama
+        module = checkpoint_files if function == "save_file" else companions
         monkeypatch.setattr(module, function, full)
         assert_refused("no space left in .*free some", source, output)
 
@@ -608,23 +596,13 @@ class TestOutput:
 
 
 class TestCommandLine:
-    def run(self, *arguments: str, module: bool = True, **kwargs) -> subprocess.CompletedProcess:
-        script = (
-            ["-m", "conversion_scripts.convert_llama"]
-            if module
-            else [f"{REPOSITORY}/conversion_scripts/convert_llama.py"]
-        )
-        environment = {**kwargs.pop("env", os.environ), "OMP_NUM_THREADS": "1"}
-        if module:
-            kwargs["cwd"] = REPOSITORY
-        command = [sys.executable, *script, *arguments]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, **kwargs)
-
     @pytest.mark.parametrize("module", [True, False], ids=["module", "script"])
     def test_one_command(self, module, source, output, tmp_path):
         model = save_checkpoint(source)
         options = ["--to", "kermit", "--window-size", "24", "--feature-map", "favor", "--no-forget-gate"]
-        result = self.run(str(source), str(output), *options, module=module, **({} if module else {"cwd": tmp_path}))
+        result = run_script(
+            "convert_llama", str(source), str(output), *options, module=module, **({} if module else {"cwd": tmp_path})
+        )
         assert result.returncode == 0, result.stderr
         assert re.search(r"verified: largest logit difference \d\.\de-\d\d over 24 tokens in float32", result.stdout)
         assert difference(model, output) < PARITY
@@ -641,12 +619,14 @@ class TestCommandLine:
             revision = hub.repositories["tester/original"].commit("upload", files).oid
             options = ["--to", "nystromformer_hf_decoder", "--push-to-hub", "tester/converted"]
             environment = hub.environment(tmp_path / "home")
-            result = self.run("tester/original", str(output), *options, env=environment)
+            result = run_script("convert_llama", "tester/original", str(output), *options, env=environment)
             assert result.returncode == 0, result.stderr
             assert "tester/converted" in result.stdout
             pushed = hub.files("tester/converted")
             assert not list((tmp_path / "home").rglob("consolidated*"))
-            other = self.run("tester/none", str(tmp_path / "other"), "--to", "kermit", env=environment)
+            other = run_script(
+                "convert_llama", "tester/none", str(tmp_path / "other"), "--to", "kermit", env=environment
+            )
         assert {path.name for path in output.iterdir()} <= pushed.keys()
         card = ModelCard(pushed["README.md"].decode())
         assert (card.data.base_model, card.data.license) == ("tester/original", "apache-2.0")

@@ -28,6 +28,7 @@ from tests.nystromformer_hf.helpers import in_tree_config, tiny_config
         ("attention_probs_dropout_prob", 1.5, "0 ≤"),
         ("hidden_dropout_prob", -0.1, "0 ≤"),
         ("hidden_act", "step", "gelu"),
+        ("classifier_activation", "step", "None and"),
         ("is_decoder", True, "encoder"),
         ("pad_token_id", 60, "vocab_size - 1 = 59"),
     ],
@@ -71,6 +72,12 @@ def test_understands_the_fields_of_transformers():
 def test_landmarks_that_were_never_used_stay_unused():
     """transformers' default is softmax attention, since its landmarks equal its segment length."""
     assert NystromformerHFConfig.from_nystromformer(NystromformerConfig()).num_landmarks == 510
+
+
+def test_landmarks_and_length_that_were_swapped():
+    """The authors' released configuration for 512 tokens says `num_landmarks=512, seq_len=64`."""
+    source = in_tree_config(num_landmarks=64, segment_means_seq_len=16)
+    assert NystromformerHFConfig.from_nystromformer(source).num_landmarks == 16
 
 
 def test_other_models_are_refused():

@@ -449,6 +449,23 @@ def test_multiple_choice_treats_choices_as_rows():
     torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(logits, torch.tensor([1, 2])))
 
 
+@pytest.mark.parametrize("chosen", [None, "tanh"])
+def test_activation_of_the_classifiers(chosen):
+    """The published models' by default: `hidden_act` for whole texts, ReLU for choices."""
+    config = tiny_config(num_labels=3, hidden_act="relu", classifier_activation=chosen)
+    tokens = random_tokens(2, 20)
+    model = NystromformerHFForSequenceClassification(config).eval()
+    function = torch.tanh if chosen else torch.relu
+    first = model.nystromformer(tokens).last_hidden_state[:, 0]
+    expected = model.classifier.out_proj(function(model.classifier.dense(first)))
+    torch.testing.assert_close(model(tokens).logits, expected)
+    config.hidden_act = "gelu"
+    model = transformers.AutoModelForMultipleChoice.from_config(config).eval()
+    first = model.nystromformer(tokens).last_hidden_state[:, 0]
+    expected = model.classifier(function(model.pre_classifier(first))).T
+    torch.testing.assert_close(model(tokens[None]).logits, expected)
+
+
 def test_embeddings_and_tuples_are_accepted(model):
     tokens = random_tokens(2, 30)
     embedded = model.get_input_embeddings()(tokens)
