@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedConfig
-from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+from transformers.utils.logging import disable_progress_bar, get_verbosity, set_verbosity, set_verbosity_error
 
 from conversion_scripts.checkpoint_files import ConversionError, check_login, push_folder
 from conversion_scripts.verification import TOLERANCES
@@ -120,6 +120,7 @@ def run(name: str, convert: Callable, options: dict[str, Any], *arguments, hint:
     repo_id = options["push_to_hub"]
     # Transformers' own bar for each loading, and its report of weights that are left out knowingly.
     disable_progress_bar()
+    verbosity = get_verbosity()
     set_verbosity_error()
     try:
         if repo_id:
@@ -144,3 +145,5 @@ def run(name: str, convert: Callable, options: dict[str, Any], *arguments, hint:
         raise SystemExit(f"{name}: {error}") from error
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+    finally:
+        set_verbosity(verbosity)
