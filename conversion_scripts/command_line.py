@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedConfig
-from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+from transformers.utils.logging import disable_progress_bar, get_verbosity, set_verbosity, set_verbosity_error
 
 from conversion_scripts.cards import CardOptions, add_card_arguments, command_line
 from conversion_scripts.checkpoint_files import ConversionError, check_login, push_folder
@@ -128,6 +128,7 @@ def run(
     repo_id = options["push_to_hub"]
     # Transformers' own bar for each loading, and its report of weights that are left out knowingly.
     disable_progress_bar()
+    verbosity = get_verbosity()
     set_verbosity_error()
     try:
         if repo_id:
@@ -158,3 +159,5 @@ def run(
         raise SystemExit(f"{name}: {error}") from error
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+    finally:
+        set_verbosity(verbosity)
