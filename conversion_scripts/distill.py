@@ -3,8 +3,7 @@
     python -m conversion_scripts.distill STUDENT TEACHER OUTPUT --train sotu:1945-1979 --far-bias 0
 
 STUDENT is what `convert_llama` made of TEACHER. (a) `--transfer-steps`: every layer of the student learns to give what the
-teacher's layer gives for the same input (attention transfer, Zhang et al. 2024, arXiv 2402.04347, sec. 4.2; LoLCATs, Zhang et
-al. 2024, arXiv 2410.10254, eq. 6); only what the student's attention has of its own is trained. (b) `--steps`: the language model
+teacher's layer gives for the same input (attention transfer, as in LoLCATs, Zhang et al. 2024, arXiv 2410.10254); only what the student's attention has of its own is trained. (b) `--steps`: the language model
 is trained as a whole. Both run on the standard Trainer, so its launchers work (`accelerate launch -m conversion_scripts.distill`).
 """
 

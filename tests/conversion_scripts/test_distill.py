@@ -206,6 +206,21 @@ class TestTraining:
         assert not (tmp_path / "healed.training").exists()
         assert read_facts(tmp_path / "healed").stages[-1].training.seconds is None
 
+    def test_a_run_that_was_cut_off_behind_its_last_step_trains_no_more(self, student, teacher, text, monkeypatch):
+        whole = weights(run(student, teacher, text, "--far-bias", "0"))
+
+        def cut_off(*arguments):
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(perplexity, "measure", cut_off)
+            with pytest.raises(SystemExit, match="--resume"):
+                run(student, teacher, text, "--far-bias", "0", "--overwrite")
+        monkeypatch.setattr(distill.DistillationTrainer, "train", cut_off)
+        resumed = run(student, teacher, text, "--far-bias", "0", "--overwrite", "--resume")
+        assert all(torch.equal(whole[name], value) for name, value in weights(resumed).items())
+        assert read_facts(resumed).stages[-1].training.steps == 4
+
 
 class TestVariants:
     def test_softmax_is_the_teacher(self, student, teacher, text):
