@@ -48,6 +48,7 @@ class Context(NamedTuple):
     landmarks: of the first `num_complete` segments, an int or (batch,).
     open_queries: (batch, heads, tokens, head_dim), of the tokens behind those segments; open_slot: the slot of the first.
     history_keys, history_values: (batch, kv_heads, tokens, head_dim) from token index 0 on, None where γ is not finite.
+    history_rows: (rows,), those of the batch in which an open segment may be complete, None for all of them.
     """
 
     keys: torch.Tensor
@@ -64,6 +65,7 @@ class Context(NamedTuple):
     open_slot: int
     history_keys: torch.Tensor | None = None
     history_values: torch.Tensor | None = None
+    history_rows: torch.Tensor | None = None
 
 
 class CausalNystromOutput(NamedTuple):
@@ -271,16 +273,7 @@ def extend_landmarks(
     if regularization is not None:
         gamma = regularization.to(dtype)[:, None, None]
         old = context.landmarks.keys.shape[2]
-        index = _arange(context.num_complete, 0, count, queries.device)
-        history = torch.arange(context.history_keys.shape[2], device=queries.device)
-        visible = history < (index[..., None] + 1) * segment_size
-        everything = F.scaled_dot_product_attention(
-            queries,
-            _repeat(context.history_keys, groups).to(dtype),
-            _repeat(context.history_values, groups).to(dtype),
-            attn_mask=visible[:, None],
-            scale=scaling,
-        )
+        everything = _attend_to_history(queries, context, segment_size, scaling)
         past, own = _landmark_softmax(queries, new_keys, context, scaling).split([old, count], -1)
         right = everything + gamma * pooled - past @ context.landmarks.values.to(dtype)
         pooled = _solve(own, gamma, right)
@@ -289,6 +282,33 @@ def extend_landmarks(
         append(context.landmarks.keys, new_keys, context.num_complete),
         append(context.landmarks.values, new_values, context.num_complete),
     )
+
+
+def _attend_to_history(queries: torch.Tensor, context: Context, segment_size: int, scaling: float) -> torch.Tensor:
+    """B V: each landmark query, (batch, heads, new, head_dim), over all tokens up to the end of its own segment.
+
+    Zeros in rows of the batch that are not among `history_rows`: a landmark of theirs is not complete.
+    """
+    keys, values, rows = context.history_keys, context.history_values, context.history_rows
+    index = _arange(context.num_complete, 0, queries.shape[2], queries.device)
+    if rows is not None and len(rows) < len(queries):
+        some = context._replace(history_keys=keys[rows], history_values=values[rows], history_rows=None)
+        some = _attend_to_history(
+            queries[rows], some._replace(num_complete=context.num_complete[rows]), segment_size, scaling
+        )
+        return queries.new_zeros(*queries.shape[:3], values.shape[-1]).index_copy(0, rows, some)
+    kv_heads, count = keys.shape[1], queries.shape[2]
+    visible = torch.arange(keys.shape[2], device=queries.device) < (index[..., None] + 1) * segment_size
+    # The heads that share a key stand among its queries, so that it is read once for all of them.
+    groups = queries.shape[1] // kv_heads
+    attended = F.scaled_dot_product_attention(
+        queries.unflatten(1, (kv_heads, groups)).flatten(2, 3),
+        keys.to(queries.dtype),
+        values.to(queries.dtype),
+        attn_mask=visible.repeat(1, groups, 1)[:, None],
+        scale=scaling,
+    )
+    return attended.unflatten(2, (groups, count)).flatten(1, 2)
 
 
 def append(past: torch.Tensor, new: torch.Tensor, filled: int | torch.Tensor, size: int | None = None) -> torch.Tensor:
@@ -306,6 +326,15 @@ def append(past: torch.Tensor, new: torch.Tensor, filled: int | torch.Tensor, si
     slots = torch.arange(joined.shape[2] if size is None else size, device=new.device)
     source = torch.where(slots < filled[:, None], slots, slots - filled[:, None] + past.shape[2])
     return take_slots(joined, source.clamp(max=joined.shape[2] - 1), dim=2)
+
+
+def overwrite(past: torch.Tensor, new: torch.Tensor, filled: int | torch.Tensor) -> None:
+    """In place, axis 2 of `past` from entry `filled` on, an int or (batch,), which has room for all of `new`."""
+    if isinstance(filled, int):
+        past[:, :, filled : filled + new.shape[2]] = new
+        return
+    slots = filled[:, None] + torch.arange(new.shape[2], device=new.device)
+    past.scatter_(2, slots[:, None, :, None].expand_as(new), new)
 
 
 def take_slots(tensor: torch.Tensor, slots: torch.Tensor, dim: int) -> torch.Tensor:
