@@ -104,10 +104,10 @@ def context_of_whole_text(
             key.new_zeros(batch, kv_heads, 0, head_dim), value.new_zeros(batch, query.shape[1], 0, value.shape[-1])
         ),
         num_complete=0,
-        open_queries=query[:, :, sinks:],
+        open_queries=_cut(query, sinks, query.shape[2]),
         open_slot=min(sinks, key.shape[2]),
-        history_keys=key[:, :, sinks:] if regularized else None,
-        history_values=value[:, :, sinks:] if regularized else None,
+        history_keys=_cut(key, sinks, key.shape[2]) if regularized else None,
+        history_values=_cut(value, sinks, key.shape[2]) if regularized else None,
     )
 
 
@@ -275,14 +275,10 @@ def extend_landmarks(
     if count == 0:
         return context.landmarks
     dtype = _accumulation_dtype(context.keys)
-    groups = context.open_queries.shape[1] // context.keys.shape[1]
     keys, values = _segments(context.keys, context, segment_size), _segments(context.values, context, segment_size)
-    queries = context.open_queries[:, :, : count * segment_size].unflatten(2, (count, -1)).to(dtype).mean(3)
-    new_keys = keys.mean(3)
-
-    grouped = queries.unflatten(1, (-1, groups)).transpose(2, 3)  # (batch, kv_heads, segments, groups, head_dim)
-    pooling = (grouped @ keys.mT * scaling).softmax(-1)
-    pooled = (pooling @ values).transpose(2, 3).flatten(1, 2)
+    queries = _mean(_cut(context.open_queries, 0, count * segment_size).unflatten(2, (count, -1)).to(dtype))
+    new_keys = _mean(keys)
+    pooled = _pool(queries, keys, values, scaling)
     if regularization is not None:
         gamma = regularization.to(dtype)[:, None, None]
         old = context.landmarks.keys.shape[2]
@@ -295,6 +291,18 @@ def extend_landmarks(
         append(context.landmarks.keys, new_keys, context.num_complete),
         append(context.landmarks.values, new_values, context.num_complete),
     )
+
+
+def _pool(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float) -> torch.Tensor:
+    """P V: landmark queries (batch, heads, segments, head_dim) over the tokens of their own segments, as of `_segments`."""
+    grouped = queries.unflatten(1, (keys.shape[1], -1)).transpose(2, 3)  # (batch, kv_heads, segments, groups, head_dim)
+    if keys.shape[2] > 1 and can_tile(queries, values, 0.0):
+        # The kernel reads segments where they are; a matrix product would copy them. It has room for one row's axes.
+        rows = zip(grouped, keys, values, strict=True)
+        pooled = torch.stack([F.scaled_dot_product_attention(*row, scale=scaling) for row in rows])
+    else:
+        pooled = (grouped @ keys.mT * scaling).softmax(-1) @ values
+    return pooled.transpose(2, 3).flatten(1, 2)
 
 
 def _attend_to_history(queries: torch.Tensor, context: Context, segment_size: int, scaling: float) -> torch.Tensor:
@@ -392,7 +400,7 @@ class _LandmarkMaps(NamedTuple):
         device, groups = context.keys.device, context.open_queries.shape[1] // context.keys.shape[1]
         count = context.open_queries.shape[2] // segment_size
         queries = context.open_queries[:, :, : count * segment_size].unflatten(2, (count, segment_size))
-        queries = queries.to(dtype).mean(3)
+        queries = _mean(queries.to(dtype))
         index = _arange(context.num_complete, 0, count, device)
         if regularization is None:
             keys = context.keys[:, :, context.open_slot :]
@@ -407,7 +415,7 @@ class _LandmarkMaps(NamedTuple):
             return cls(pooling, token_index, queries.new_zeros(*queries.shape[:3], context.values.shape[-1]))
         gamma = regularization.to(dtype)[:, None, None]
         everything = scores.masked_fill(~(segment <= index[..., None])[:, None], float("-inf")).softmax(-1)
-        new_keys = _segments(context.keys, context, segment_size).mean(3)
+        new_keys = _mean(_segments(context.keys, context, segment_size))
         past, square = _landmark_softmax(queries, new_keys, context, scaling).split(
             [context.landmarks.keys.shape[2], count], -1
         )
@@ -436,8 +444,22 @@ def _solve(lower: torch.Tensor, gamma: torch.Tensor, right: torch.Tensor) -> tor
 def _segments(tensor: torch.Tensor, context: Context, segment_size: int) -> torch.Tensor:
     """Whole segments of open tokens, (batch, kv_heads, segments, segment_size, head_dim)."""
     count = context.open_queries.shape[2] // segment_size
-    tensor = tensor[:, :, context.open_slot : context.open_slot + count * segment_size]
+    tensor = _cut(tensor, context.open_slot, context.open_slot + count * segment_size)
     return tensor.unflatten(2, (count, segment_size)).to(_accumulation_dtype(tensor))
+
+
+def _mean(segments: torch.Tensor) -> torch.Tensor:
+    """Over axis 3. `Tensor.mean` would divide a gradient as large as the segments, not one as large as the result."""
+    return segments.sum(3) / segments.shape[3]
+
+
+def _cut(tensor: torch.Tensor, begin: int, end: int) -> torch.Tensor:
+    """Entries begin ... end of axis 2, as a slice; but the gradient is written once, not zeros first."""
+    length = tensor.shape[2]
+    begin, end = min(begin, length), min(end, length)
+    if (begin, end) == (0, length):
+        return tensor
+    return tensor.split([begin, end - begin, length - end], 2)[1]
 
 
 def _tiles(context: Context, query: torch.Tensor, segment_size: int, near_segments: int) -> list[Tile]:

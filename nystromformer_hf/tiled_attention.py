@@ -103,8 +103,9 @@ class _TiledAttention(torch.autograd.Function):
     def backward(ctx, grad):
         query, key, value, far_key, far_value, output, total = ctx.saved_tensors
         dtype, scaling = output.dtype, ctx.scaling
-        grads = [torch.zeros_like(tensor, dtype=dtype) for tensor in (query, key, value, far_key, far_value)]
-        grad_query, grad_key, grad_value, *grad_far = grads
+        grad_query = torch.empty_like(query, dtype=dtype)
+        others = [torch.zeros_like(tensor, dtype=dtype) for tensor in (key, value, far_key, far_value)]
+        grad_key, grad_value, *grad_far = others
         for tile in ctx.tiles:
             rows = slice(tile.begin, tile.end)
             grad_tile = grad[:, :, rows].contiguous()
@@ -135,11 +136,14 @@ class _TiledAttention(torch.autograd.Function):
                     bias,
                     scaling,
                 )
-                grad_query[:, :, rows] += far[0]
+                if tile.near_bias is None:
+                    grad_query[:, :, rows] = far[0]
+                else:
+                    grad_query[:, :, rows] += far[0]
                 for whole, new in zip(grad_far, far[1:], strict=True):
                     whole[:, :, : new.shape[2]] += new
-        inputs = (query, key, value, far_key, far_value)
-        return (*(gradient.to(tensor.dtype) for gradient, tensor in zip(grads, inputs, strict=True)), None, None)
+        grads = zip((grad_query, *others), (query, key, value, far_key, far_value), strict=True)
+        return (*(gradient.to(tensor.dtype) for gradient, tensor in grads), None, None)
 
 
 def _attend(query, key, value, bias, scaling):

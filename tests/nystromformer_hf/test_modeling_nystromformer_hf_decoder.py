@@ -16,6 +16,7 @@ from nystromformer_hf import (
     NystromformerHFDecoderForCausalLM,
     NystromformerHFDecoderForSequenceClassification,
     NystromformerHFDecoderModel,
+    causal_nystrom_attention,
 )
 
 from .decoder_models import BODY, PAD, SETTINGS, VOCABULARY, place, positions_of, shake, tiny_config, tiny_model, tokens
@@ -468,6 +469,55 @@ class TestCache:
         kept = 2 * config.num_key_value_heads * (config.near_segments * config.segment_size + config.num_sink_tokens)
         exact = 4 * config.num_hidden_layers * config.head_dim * kept
         assert sizes[0] == exact + 4 * config.num_hidden_layers * landmark * 400 // config.segment_size
+
+
+class TestTiles:
+    """Pieces long enough for `tiled_attention`, here with tiles so small that there are many."""
+
+    # Segments of up to twice TILE_BLOCK can be tiled, and a text of four blocks behind a near field is.
+    SETTINGS = [setting for setting in SETTINGS if setting != "longer_than_text"]
+
+    @pytest.fixture(autouse=True)
+    def tiles(self, monkeypatch):
+        monkeypatch.setattr(causal_nystrom_attention, "TILE_BLOCK", 3)
+        monkeypatch.setattr(causal_nystrom_attention, "TILE_SIZE", 24)
+        tiles, original = [], causal_nystrom_attention.tiled_attention
+
+        def counted(*arguments):
+            tiles.append(len(arguments[-2]))
+            return original(*arguments)
+
+        monkeypatch.setattr(causal_nystrom_attention, "tiled_attention", counted)
+        return tiles
+
+    @pytest.mark.parametrize("kind", ["dynamic", "static"])
+    @pytest.mark.parametrize("side", [None, "left", "right", "middle"])
+    @pytest.mark.parametrize("setting", SETTINGS)
+    def test_pieces_and_padding(self, setting, side, kind, tiles):
+        model = tiny_model(setting)
+        rows = [tokens(150), tokens(150 if side is None else 133), tokens(150 if side is None else 20)]
+        input_ids, mask = place(rows, side or "left")
+        length = input_ids.shape[1]
+        cache = DynamicCache(config=model.config)
+        if kind == "static":
+            cache = StaticCache(config=model.config, max_cache_len=length)
+        logits = feed(model, cache, input_ids, [80, 1, 60, length - 141], None if side is None else mask)
+        # The first piece of any batch; a later one where the rows are equally long.
+        assert len(tiles) >= model.config.num_hidden_layers * (2 if side is None else 1)
+        explicit = tiny_model(setting, implementation="eager")
+        assert_rows_are_those_alone(explicit, logits, input_ids, mask, **CLOSE)
+
+    @pytest.mark.parametrize("setting", SETTINGS)
+    def test_gradients(self, setting, tiles):
+        input_ids, mask = place([tokens(90), tokens(71)], "left")
+        gradients = []
+        for implementation in ("sdpa", "eager"):
+            model = tiny_model(setting, implementation=implementation)
+            model(input_ids, attention_mask=mask, labels=input_ids.masked_fill(mask == 0, -100)).loss.backward()
+            gradients.append([parameter.grad for parameter in model.parameters()])
+            assert tiles
+        for fast, eager in zip(*gradients, strict=True):
+            torch.testing.assert_close(fast, eager, atol=1e-5 + 1e-5 * eager.abs().max().item(), rtol=1e-3)
 
 
 class LargestNewTensor(TorchDispatchMode):
