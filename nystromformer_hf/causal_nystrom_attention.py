@@ -32,6 +32,8 @@ from .tiled_attention import Tile, can_tile, tiled_attention
 BLOCK_SIZES = (192, 512)
 # Queries of a block of `tiled_attention`, about, and of a tile: both as fast as any on the processors tried.
 TILE_BLOCK, TILE_SIZE = 64, 1024
+# Landmarks that read the history together.
+HISTORY_TILE = 32
 
 
 class Landmarks(NamedTuple):
@@ -319,6 +321,12 @@ def _attend_to_history(queries: torch.Tensor, context: Context, segment_size: in
         )
         return queries.new_zeros(*queries.shape[:3], values.shape[-1]).index_copy(0, rows, some)
     kv_heads, count = keys.shape[1], queries.shape[2]
+    complete = _common(context.num_complete) if count > HISTORY_TILE and can_tile(queries, values, 0.0) else None
+    if complete is not None:
+        # In tiles, for what all of these landmarks together see is twice what each sees by itself.
+        tiles = _history_tiles(complete, count, keys.shape[2], segment_size, queries)
+        none, groups = keys[:, :, :0], queries.shape[1] // kv_heads
+        return tiled_attention(queries, none, none, _repeat(keys, groups), _repeat(values, groups), tiles, scaling)
     visible = torch.arange(keys.shape[2], device=queries.device) < (index[..., None] + 1) * segment_size
     # The heads that share a key stand among its queries, so that it is read once for all of them.
     groups = queries.shape[1] // kv_heads
@@ -330,6 +338,20 @@ def _attend_to_history(queries: torch.Tensor, context: Context, segment_size: in
         scale=scaling,
     )
     return attended.unflatten(2, (groups, count)).flatten(1, 2)
+
+
+def _history_tiles(complete: int, count: int, tokens: int, segment_size: int, like: torch.Tensor) -> list[Tile]:
+    """For `count` landmarks behind `complete` older ones, each of which sees all of `tokens` up to the end of its own segment."""
+    last = (count - 1) // HISTORY_TILE * HISTORY_TILE
+    seen = torch.arange(last + 1, last + HISTORY_TILE + 1, device=like.device)[:, None] + complete
+    token = torch.arange((complete + last + HISTORY_TILE) * segment_size, device=like.device)
+    bias = torch.where(token < seen * segment_size, like.new_zeros(()), float("-inf"))
+    tiles = []
+    for begin in range(0, count, HISTORY_TILE):
+        end = min(begin + HISTORY_TILE, count)
+        low, size = (last - begin) * segment_size, min((complete + end) * segment_size, tokens)
+        tiles.append(Tile(begin, end, end - begin, 0, None, (bias[: end - begin, low : low + size],)))
+    return tiles
 
 
 def append(past: torch.Tensor, new: torch.Tensor, filled: int | torch.Tensor, size: int | None = None) -> torch.Tensor:

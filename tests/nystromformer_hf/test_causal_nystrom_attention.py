@@ -24,7 +24,7 @@ EXACT = {"atol": 1e-10, "rtol": 1e-10}
 
 def tiled(*arguments, **options):
     """The blocked form with tiles so small that short texts fill several."""
-    with mock.patch.multiple(causal_nystrom_attention, TILE_BLOCK=2, TILE_SIZE=8):
+    with mock.patch.multiple(causal_nystrom_attention, TILE_BLOCK=2, TILE_SIZE=8, HISTORY_TILE=2):
         return causal_nystrom_blocked(*arguments, **options)
 
 

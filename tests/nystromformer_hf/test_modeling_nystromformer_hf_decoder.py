@@ -481,6 +481,7 @@ class TestTiles:
     def tiles(self, monkeypatch):
         monkeypatch.setattr(causal_nystrom_attention, "TILE_BLOCK", 3)
         monkeypatch.setattr(causal_nystrom_attention, "TILE_SIZE", 24)
+        monkeypatch.setattr(causal_nystrom_attention, "HISTORY_TILE", 4)
         tiles, original = [], causal_nystrom_attention.tiled_attention
 
         def counted(*arguments):
