@@ -9,15 +9,20 @@ import torch
 from transformers import cache_utils
 from transformers.cache_utils import CacheLayerMixin
 
-from .causal_nystrom_attention import Context, Landmarks, append, take_slots
+from .causal_nystrom_attention import Context, Landmarks, append, overwrite, take_slots
 
 
 LAYER_TYPE = "causal_nystrom_attention"
 
-# Everything but the counts. `keys` and `values` begin a fixed number of tokens before the open segment, `queries` with it.
+# Everything but the counts. `keys` and `values` begin a fixed number of tokens before the open segment, `queries` with it,
+# and the history with the first token; behind the last one it has room.
 TOKENS = ("keys", "values", "queries")
-STATE = (*TOKENS, "sink_keys", "sink_values", "landmark_keys", "landmark_values", "history_keys", "history_values")
+HISTORY = ("history_keys", "history_values")
+STATE = (*TOKENS, "sink_keys", "sink_values", "landmark_keys", "landmark_values", *HISTORY)
 COUNTS = ("num_tokens", "num_confirmed", "num_complete")
+
+# Tokens that a history which had to grow has room for at least.
+LEAST_ROOM = 64
 
 
 class NystromformerHFDecoderCacheLayer(CacheLayerMixin):
@@ -91,16 +96,18 @@ class NystromformerHFDecoderCacheLayer(CacheLayerMixin):
         filled = start - first
         slots = self.keys.shape[2]
         keys = append(self.keys, key_states, filled)
-        history = (None, None)
+        history, rows = (None, None), None
         if self.settings["regularized"]:
             history = (
-                append(self.history_keys, key_states, start),
-                append(self.history_values, value_states, start),
+                self._extend_history("history_keys", key_states),
+                self._extend_history("history_values", value_states),
             )
         queries = append(self.queries, query_states, filled - self._behind)
         if self.settings["regularized"] and not self.is_compileable and isinstance(filled, torch.Tensor):
-            # Rows differ: without this every step would read all keys for a landmark that no row needs yet.
-            queries = queries[:, :, : max(int(filled.max()) - self._behind + length, 0)]
+            # Rows differ: without this every step would read all keys for landmarks that no row, or only some rows, need yet.
+            open_tokens = filled - self._behind + length
+            queries = queries[:, :, : max(int(open_tokens.max()), 0)]
+            rows = (open_tokens >= self.settings["segment_size"]).nonzero().squeeze(1)
         self.context = Context(
             keys=keys,
             values=append(self.values, value_states, filled),
@@ -116,6 +123,7 @@ class NystromformerHFDecoderCacheLayer(CacheLayerMixin):
             open_slot=min(self._behind, keys.shape[2]),
             history_keys=history[0],
             history_values=history[1],
+            history_rows=rows,
         )
         self._count(length, real)
         return self.context.keys, self.context.values
@@ -136,8 +144,6 @@ class NystromformerHFDecoderCacheLayer(CacheLayerMixin):
             "landmark_keys": landmarks.keys,
             "landmark_values": landmarks.values,
         }
-        if context.history_keys is not None:
-            state |= {"history_keys": context.history_keys, "history_values": context.history_values}
         self._write(state, complete)
         if self.is_offloaded:
             self.offload()
@@ -228,7 +234,8 @@ class NystromformerHFDecoderCacheLayer(CacheLayerMixin):
         """Places along axis 2 at the start. The zeros in front of the first token are what the convolution reads there."""
         capacity = dict.fromkeys(STATE, 0) | {"keys": self._behind, "values": self._behind}
         if not self.settings["regularized"]:
-            del capacity["history_keys"], capacity["history_values"]
+            for name in HISTORY:
+                del capacity[name]
         return capacity
 
     def _check(self, key_states: torch.Tensor, value_states: torch.Tensor, query_states: torch.Tensor) -> None:
@@ -240,6 +247,26 @@ class NystromformerHFDecoderCacheLayer(CacheLayerMixin):
                     f"{(*past.shape[:2], past.shape[3])}, but this model and batch need "
                     f"{(*new.shape[:2], new.shape[3])}; pass the cache of this model and batch, or None"
                 )
+
+    def _extend_history(self, name: str, new: torch.Tensor) -> torch.Tensor:
+        """Writes `new` behind the tokens so far, of which it returns those behind the sinks.
+
+        In place, in a buffer that is enlarged by an eighth when it is full, so that a token costs the same whatever is there
+        already; in a new tensor where gradients are recorded, for they need the old one as it was.
+        """
+        past, used = getattr(self, name).to(new.device), self.cumulative_length
+        end = used + new.shape[2]
+        if torch.is_grad_enabled():
+            past = append(past, new, self.num_tokens)[:, :, :end]
+        else:
+            foreign = past.requires_grad or (past.is_inference() and not torch.is_inference_mode_enabled())
+            if past.shape[2] < end or foreign:
+                enlarged = new.new_zeros(*new.shape[:2], end + max(end // 8, LEAST_ROOM), new.shape[3])
+                enlarged[:, :, :used] = past[:, :, :used]
+                past = enlarged
+            overwrite(past, new, self.num_tokens)
+        setattr(self, name, past)
+        return past[:, :, self.settings["num_sink_tokens"] : end]
 
     def _count_rows(self) -> None:
         """Rows count their own tokens as soon as one of them is padded; before that one number serves all."""
@@ -267,9 +294,8 @@ class NystromformerHFDecoderCacheLayer(CacheLayerMixin):
     def _write(self, state: dict[str, torch.Tensor], complete: int | torch.Tensor) -> None:
         behind_sinks = max(self.cumulative_length - self.settings["num_sink_tokens"], 0)
         num_landmarks = complete if isinstance(complete, int) else behind_sinks // self.settings["segment_size"]
-        limits = {"landmark": num_landmarks, "history": behind_sinks}
         for name, tensor in state.items():
-            tensor = tensor[:, :, : limits.get(name.split("_")[0])]
+            tensor = tensor[:, :, : num_landmarks if name.startswith("landmark") else None]
             # A slice would keep the whole sequence it was cut from in memory.
             whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
             setattr(self, name, tensor if whole else tensor.clone(memory_format=torch.contiguous_format))
@@ -335,7 +361,7 @@ class NystromformerHFDecoderStaticCacheLayer(NystromformerHFDecoderCacheLayer):
             "sink_values": sinks,
             "landmark_keys": tokens // size,
             "landmark_values": tokens // size,
-            **({"history_keys": tokens, "history_values": tokens} if self.settings["regularized"] else {}),
+            **(dict.fromkeys(HISTORY, self.max_cache_len) if self.settings["regularized"] else {}),
         }
 
     def _initialize(self, key_states, value_states, query_states):
@@ -346,6 +372,11 @@ class NystromformerHFDecoderStaticCacheLayer(NystromformerHFDecoderCacheLayer):
         if not torch.compiler.is_compiling():
             for tensor in (*self.tensors(), self.cumulative_length):
                 torch._dynamo.mark_static_address(tensor)
+
+    def _extend_history(self, name, new):
+        buffer = getattr(self, name)
+        overwrite(buffer, new, self.num_tokens)
+        return buffer[:, :, self.settings["num_sink_tokens"] :]
 
     def _count(self, length, real):
         self.num_tokens.add_(length if real is None else real.sum(-1))

@@ -18,15 +18,22 @@ Three forms with the same results: `causal_nystrom_reference` builds the whole m
 O(seq * (near field + landmarks)), `causal_nystrom_step` is for one query. Sums, exponentials and solves are in float32 or wider.
 """
 
+import itertools
 import math
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
+from .tiled_attention import Tile, can_tile, tiled_attention
+
 
 # Queries that the blocked form treats at a time: as many as the near field has tokens, within these limits.
 BLOCK_SIZES = (192, 512)
+# Queries of a block of `tiled_attention`, about, and of a tile: both as fast as any on the processors tried.
+TILE_BLOCK, TILE_SIZE = 64, 1024
+# Landmarks that read the history together.
+HISTORY_TILE = 32
 
 
 class Landmarks(NamedTuple):
@@ -48,6 +55,7 @@ class Context(NamedTuple):
     landmarks: of the first `num_complete` segments, an int or (batch,).
     open_queries: (batch, heads, tokens, head_dim), of the tokens behind those segments; open_slot: the slot of the first.
     history_keys, history_values: (batch, kv_heads, tokens, head_dim) from token index 0 on, None where γ is not finite.
+    history_rows: (rows,), those of the batch in which an open segment may be complete, None for all of them.
     """
 
     keys: torch.Tensor
@@ -64,6 +72,7 @@ class Context(NamedTuple):
     open_slot: int
     history_keys: torch.Tensor | None = None
     history_values: torch.Tensor | None = None
+    history_rows: torch.Tensor | None = None
 
 
 class CausalNystromOutput(NamedTuple):
@@ -97,10 +106,10 @@ def context_of_whole_text(
             key.new_zeros(batch, kv_heads, 0, head_dim), value.new_zeros(batch, query.shape[1], 0, value.shape[-1])
         ),
         num_complete=0,
-        open_queries=query[:, :, sinks:],
+        open_queries=_cut(query, sinks, query.shape[2]),
         open_slot=min(sinks, key.shape[2]),
-        history_keys=key[:, :, sinks:] if regularized else None,
-        history_values=value[:, :, sinks:] if regularized else None,
+        history_keys=_cut(key, sinks, key.shape[2]) if regularized else None,
+        history_values=_cut(value, sinks, key.shape[2]) if regularized else None,
     )
 
 
@@ -113,12 +122,20 @@ def causal_nystrom_blocked(
     scaling: float = 1.0,
     dropout: float = 0.0,
 ) -> CausalNystromOutput:
-    """Block by block of queries, each one call of torch's attention kernel on sinks, near field and landmarks together.
+    """Block by block of queries, each one call of torch's attention kernel on sinks, near field and landmarks together,
+    or in the tiles of `tiled_attention`, where these serve.
 
     query: (batch, heads, seq, head_dim), with positions, as the keys; regularization: γ > 1, (heads,), or None; scaling:
     1 / sqrt(head_dim); dropout: probability, on the softmax weights.
     """
     landmarks = extend_landmarks(context, segment_size, regularization, scaling)
+    tiles = _tiles(context, query, segment_size, near_segments) if can_tile(query, context.values, dropout) else []
+    if tiles:
+        groups = query.shape[1] // context.keys.shape[1]
+        far_keys = _repeat(torch.cat([context.sink_keys, landmarks.keys], 2), groups)
+        far_values = torch.cat([_repeat(context.sink_values, groups), landmarks.values], 2)
+        output = tiled_attention(query, context.keys, context.values, far_keys, far_values, tiles, scaling)
+        return CausalNystromOutput(output, landmarks)
     dtype = _accumulation_dtype(query)
     groups = query.shape[1] // context.keys.shape[1]
     sinks = context.sink_keys.shape[2]
@@ -260,27 +277,14 @@ def extend_landmarks(
     if count == 0:
         return context.landmarks
     dtype = _accumulation_dtype(context.keys)
-    groups = context.open_queries.shape[1] // context.keys.shape[1]
     keys, values = _segments(context.keys, context, segment_size), _segments(context.values, context, segment_size)
-    queries = context.open_queries[:, :, : count * segment_size].unflatten(2, (count, -1)).to(dtype).mean(3)
-    new_keys = keys.mean(3)
-
-    grouped = queries.unflatten(1, (-1, groups)).transpose(2, 3)  # (batch, kv_heads, segments, groups, head_dim)
-    pooling = (grouped @ keys.mT * scaling).softmax(-1)
-    pooled = (pooling @ values).transpose(2, 3).flatten(1, 2)
+    queries = _mean(_cut(context.open_queries, 0, count * segment_size).unflatten(2, (count, -1)).to(dtype))
+    new_keys = _mean(keys)
+    pooled = _pool(queries, keys, values, scaling)
     if regularization is not None:
         gamma = regularization.to(dtype)[:, None, None]
         old = context.landmarks.keys.shape[2]
-        index = _arange(context.num_complete, 0, count, queries.device)
-        history = torch.arange(context.history_keys.shape[2], device=queries.device)
-        visible = history < (index[..., None] + 1) * segment_size
-        everything = F.scaled_dot_product_attention(
-            queries,
-            _repeat(context.history_keys, groups).to(dtype),
-            _repeat(context.history_values, groups).to(dtype),
-            attn_mask=visible[:, None],
-            scale=scaling,
-        )
+        everything = _attend_to_history(queries, context, segment_size, scaling)
         past, own = _landmark_softmax(queries, new_keys, context, scaling).split([old, count], -1)
         right = everything + gamma * pooled - past @ context.landmarks.values.to(dtype)
         pooled = _solve(own, gamma, right)
@@ -289,6 +293,65 @@ def extend_landmarks(
         append(context.landmarks.keys, new_keys, context.num_complete),
         append(context.landmarks.values, new_values, context.num_complete),
     )
+
+
+def _pool(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float) -> torch.Tensor:
+    """P V: landmark queries (batch, heads, segments, head_dim) over the tokens of their own segments, as of `_segments`."""
+    grouped = queries.unflatten(1, (keys.shape[1], -1)).transpose(2, 3)  # (batch, kv_heads, segments, groups, head_dim)
+    if keys.shape[2] > 1 and can_tile(queries, values, 0.0):
+        # The kernel reads segments where they are; a matrix product would copy them. It has room for one row's axes.
+        rows = zip(grouped, keys, values, strict=True)
+        pooled = torch.stack([F.scaled_dot_product_attention(*row, scale=scaling) for row in rows])
+    else:
+        pooled = (grouped @ keys.mT * scaling).softmax(-1) @ values
+    return pooled.transpose(2, 3).flatten(1, 2)
+
+
+def _attend_to_history(queries: torch.Tensor, context: Context, segment_size: int, scaling: float) -> torch.Tensor:
+    """B V: each landmark query, (batch, heads, new, head_dim), over all tokens up to the end of its own segment.
+
+    Zeros in rows of the batch that are not among `history_rows`: a landmark of theirs is not complete.
+    """
+    keys, values, rows = context.history_keys, context.history_values, context.history_rows
+    index = _arange(context.num_complete, 0, queries.shape[2], queries.device)
+    if rows is not None and len(rows) < len(queries):
+        some = context._replace(history_keys=keys[rows], history_values=values[rows], history_rows=None)
+        some = _attend_to_history(
+            queries[rows], some._replace(num_complete=context.num_complete[rows]), segment_size, scaling
+        )
+        return queries.new_zeros(*queries.shape[:3], values.shape[-1]).index_copy(0, rows, some)
+    kv_heads, count = keys.shape[1], queries.shape[2]
+    complete = _common(context.num_complete) if count > HISTORY_TILE and can_tile(queries, values, 0.0) else None
+    if complete is not None:
+        # In tiles, for what all of these landmarks together see is twice what each sees by itself.
+        tiles = _history_tiles(complete, count, keys.shape[2], segment_size, queries)
+        none, groups = keys[:, :, :0], queries.shape[1] // kv_heads
+        return tiled_attention(queries, none, none, _repeat(keys, groups), _repeat(values, groups), tiles, scaling)
+    visible = torch.arange(keys.shape[2], device=queries.device) < (index[..., None] + 1) * segment_size
+    # The heads that share a key stand among its queries, so that it is read once for all of them.
+    groups = queries.shape[1] // kv_heads
+    attended = F.scaled_dot_product_attention(
+        queries.unflatten(1, (kv_heads, groups)).flatten(2, 3),
+        keys.to(queries.dtype),
+        values.to(queries.dtype),
+        attn_mask=visible.repeat(1, groups, 1)[:, None],
+        scale=scaling,
+    )
+    return attended.unflatten(2, (groups, count)).flatten(1, 2)
+
+
+def _history_tiles(complete: int, count: int, tokens: int, segment_size: int, like: torch.Tensor) -> list[Tile]:
+    """For `count` landmarks behind `complete` older ones, each of which sees all of `tokens` up to the end of its own segment."""
+    last = (count - 1) // HISTORY_TILE * HISTORY_TILE
+    seen = torch.arange(last + 1, last + HISTORY_TILE + 1, device=like.device)[:, None] + complete
+    token = torch.arange((complete + last + HISTORY_TILE) * segment_size, device=like.device)
+    bias = torch.where(token < seen * segment_size, like.new_zeros(()), float("-inf"))
+    tiles = []
+    for begin in range(0, count, HISTORY_TILE):
+        end = min(begin + HISTORY_TILE, count)
+        low, size = (last - begin) * segment_size, min((complete + end) * segment_size, tokens)
+        tiles.append(Tile(begin, end, end - begin, 0, None, (bias[: end - begin, low : low + size],)))
+    return tiles
 
 
 def append(past: torch.Tensor, new: torch.Tensor, filled: int | torch.Tensor, size: int | None = None) -> torch.Tensor:
@@ -306,6 +369,15 @@ def append(past: torch.Tensor, new: torch.Tensor, filled: int | torch.Tensor, si
     slots = torch.arange(joined.shape[2] if size is None else size, device=new.device)
     source = torch.where(slots < filled[:, None], slots, slots - filled[:, None] + past.shape[2])
     return take_slots(joined, source.clamp(max=joined.shape[2] - 1), dim=2)
+
+
+def overwrite(past: torch.Tensor, new: torch.Tensor, filled: int | torch.Tensor) -> None:
+    """In place, axis 2 of `past` from entry `filled` on, an int or (batch,), which has room for all of `new`."""
+    if isinstance(filled, int):
+        past[:, :, filled : filled + new.shape[2]] = new
+        return
+    slots = filled[:, None] + torch.arange(new.shape[2], device=new.device)
+    past.scatter_(2, slots[:, None, :, None].expand_as(new), new)
 
 
 def take_slots(tensor: torch.Tensor, slots: torch.Tensor, dim: int) -> torch.Tensor:
@@ -350,7 +422,7 @@ class _LandmarkMaps(NamedTuple):
         device, groups = context.keys.device, context.open_queries.shape[1] // context.keys.shape[1]
         count = context.open_queries.shape[2] // segment_size
         queries = context.open_queries[:, :, : count * segment_size].unflatten(2, (count, segment_size))
-        queries = queries.to(dtype).mean(3)
+        queries = _mean(queries.to(dtype))
         index = _arange(context.num_complete, 0, count, device)
         if regularization is None:
             keys = context.keys[:, :, context.open_slot :]
@@ -365,7 +437,7 @@ class _LandmarkMaps(NamedTuple):
             return cls(pooling, token_index, queries.new_zeros(*queries.shape[:3], context.values.shape[-1]))
         gamma = regularization.to(dtype)[:, None, None]
         everything = scores.masked_fill(~(segment <= index[..., None])[:, None], float("-inf")).softmax(-1)
-        new_keys = _segments(context.keys, context, segment_size).mean(3)
+        new_keys = _mean(_segments(context.keys, context, segment_size))
         past, square = _landmark_softmax(queries, new_keys, context, scaling).split(
             [context.landmarks.keys.shape[2], count], -1
         )
@@ -394,8 +466,75 @@ def _solve(lower: torch.Tensor, gamma: torch.Tensor, right: torch.Tensor) -> tor
 def _segments(tensor: torch.Tensor, context: Context, segment_size: int) -> torch.Tensor:
     """Whole segments of open tokens, (batch, kv_heads, segments, segment_size, head_dim)."""
     count = context.open_queries.shape[2] // segment_size
-    tensor = tensor[:, :, context.open_slot : context.open_slot + count * segment_size]
+    tensor = _cut(tensor, context.open_slot, context.open_slot + count * segment_size)
     return tensor.unflatten(2, (count, segment_size)).to(_accumulation_dtype(tensor))
+
+
+def _mean(segments: torch.Tensor) -> torch.Tensor:
+    """Over axis 3. `Tensor.mean` would divide a gradient as large as the segments, not one as large as the result."""
+    return segments.sum(3) / segments.shape[3]
+
+
+def _cut(tensor: torch.Tensor, begin: int, end: int) -> torch.Tensor:
+    """Entries begin ... end of axis 2, as a slice; but the gradient is written once, not zeros first."""
+    length = tensor.shape[2]
+    begin, end = min(begin, length), min(end, length)
+    if (begin, end) == (0, length):
+        return tensor
+    return tensor.split([begin, end - begin, length - end], 2)[1]
+
+
+def _tiles(context: Context, query: torch.Tensor, segment_size: int, near_segments: int) -> list[Tile]:
+    """For queries most of which have a whole near field; none where rows differ or segments are too long for blocks.
+
+    Blocks of whole segments, alike but for the number of older landmarks, and single blocks in front of and behind them.
+    """
+    start, first = _common(context.start), _common(context.first)
+    block = max(round(TILE_BLOCK / segment_size), 1) * segment_size
+    if start is None or first is None or block > 4 * TILE_BLOCK:
+        return []
+    end, behind = start + query.shape[2], near_segments * segment_size
+    # One segment behind the first whole near field, so that there is a landmark to see.
+    uniform = max(-(-start // segment_size) * segment_size, behind + segment_size)
+    if end - uniform < 4 * block:
+        return []
+    rest, size = uniform + (end - uniform) // block * block, TILE_SIZE // block * block
+    front = [*range(start, 0, BLOCK_SIZES[1]), *range(max(start, 0), uniform, BLOCK_SIZES[1])]
+    borders = [*front, *range(uniform, rest, size), rest, *([end] if rest < end else [])]
+
+    sinks, dtype, device = context.sink_keys.shape[2], _accumulation_dtype(query), query.device
+
+    def bias(begin: int, stop: int, low: int, high: int, sinks: int = 0, landmarks: int = 0) -> torch.Tensor:
+        queries, keys = (torch.arange(*bounds, device=device)[None] for bounds in ((begin, stop), (low, high)))
+        return _bias(queries, keys, sinks, context.num_sink_tokens, landmarks, segment_size, near_segments, dtype)[0]
+
+    # Every uniform tile sees a part of what the last one sees.
+    last = uniform + (rest - 1 - uniform) // size * size
+    near = bias(uniform, uniform + block, uniform - behind, uniform + block)
+    steps = bias(last, last + size, 0, 0, landmarks=(last + size - 1) // segment_size - near_segments)
+    every_sink = steps.new_zeros(size, sinks)
+
+    tiles = []
+    for begin, stop in itertools.pairwise(borders):
+        seen = max((stop - 1) // segment_size - near_segments, 0)
+        if uniform <= begin < rest:
+            offset = (last - begin) // segment_size
+            far = (every_sink[: stop - begin], steps[: stop - begin, offset : offset + seen])
+            tiles.append(Tile(begin - start, stop - start, block, begin - behind - first, near, far))
+            continue
+        low = max((begin // segment_size - near_segments) * segment_size, 0)
+        own = bias(begin, stop, low, stop) if begin >= 0 else None
+        far = (bias(begin, stop, 0, 0, sinks=sinks), bias(begin, stop, 0, 0, landmarks=seen)) if sinks + seen else None
+        tiles.append(Tile(begin - start, stop - start, stop - begin, low - first, own, far))
+    return tiles
+
+
+def _common(index: int | torch.Tensor) -> int | None:
+    """The index that all rows agree on."""
+    if isinstance(index, int):
+        return index
+    agreed = len(index) > 0 and bool((index == index[0]).all())
+    return int(index[0]) if agreed else None
 
 
 def _bias(

@@ -73,27 +73,29 @@ def by_length(contenders: Callable[[int], dict[str, Callable[[], object]]]) -> C
 
 
 class Decoder(NamedTuple):
-    """A model and an empty cache for it. `fill(cache, tokens)` brings the cache to that many tokens of context."""
+    """A model and an empty cache for it. `fill(cache, tokens)` brings the cache to that many tokens of context.
+
+    `rewind` takes the new tokens out of the cache again, for models whose time depends on their number. `tokens`: new ones
+    of a run, as many as it takes until the cost of each comes round again.
+    """
 
     model: PreTrainedModel
     cache: Callable[[], Cache]
     fill: Callable[[Cache, int], None]
     rewind: bool = False
+    tokens: int = 4
 
 
-def compare_decoding(decoders: dict[str, Decoder], lengths: tuple[int, ...], tokens: int = 4) -> Iterator[list[Result]]:
-    """Seconds per generated token at each context length, all of them in one interleaved run.
-
-    `rewind` takes the new tokens out of the cache again, for models whose time depends on their number.
-    """
+def compare_decoding(decoders: dict[str, Decoder], lengths: tuple[int, ...]) -> Iterator[list[Result]]:
+    """Seconds per generated token at each context length, all of them in one interleaved run."""
 
     @torch.no_grad()
     def decode(decoder: Decoder, cache: Cache, context: int) -> None:
-        for index in range(tokens):
+        for index in range(decoder.tokens):
             position = torch.tensor([[context + index]])
             decoder.model(torch.tensor([[3]]), past_key_values=cache, use_cache=True, position_ids=position)
         if decoder.rewind:
-            cache.crop(-tokens)
+            cache.crop(-decoder.tokens)
 
     contenders = {}
     for name, decoder in decoders.items():
@@ -104,7 +106,7 @@ def compare_decoding(decoders: dict[str, Decoder], lengths: tuple[int, ...], tok
     results = compare(contenders, 0, max_rounds=9, budget=40.0)
     for result in results:
         result.contender, result.length = result.contender
-        result.seconds /= tokens
+        result.seconds /= decoders[result.contender].tokens
         result.peak_bytes = None  # of a few steps, which says nothing
     for context in lengths:
         yield [result for result in results if result.length == context]

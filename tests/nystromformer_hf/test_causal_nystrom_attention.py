@@ -1,10 +1,12 @@
 """The three forms of causal Nyström attention against loops over tokens, written from the formulas in float64."""
 
 import math
+from unittest import mock
 
 import pytest
 import torch
 
+from nystromformer_hf import causal_nystrom_attention
 from nystromformer_hf.causal_nystrom_attention import (
     Context,
     Landmarks,
@@ -18,7 +20,15 @@ from nystromformer_hf.causal_nystrom_attention import (
 
 
 EXACT = {"atol": 1e-10, "rtol": 1e-10}
-FORMS = {"blocked": causal_nystrom_blocked, "reference": causal_nystrom_reference}
+
+
+def tiled(*arguments, **options):
+    """The blocked form with tiles so small that short texts fill several."""
+    with mock.patch.multiple(causal_nystrom_attention, TILE_BLOCK=2, TILE_SIZE=8, HISTORY_TILE=2):
+        return causal_nystrom_blocked(*arguments, **options)
+
+
+FORMS = {"blocked": causal_nystrom_blocked, "tiled": tiled, "reference": causal_nystrom_reference}
 
 
 def softmax(scores: list[float]) -> list[float]:
@@ -138,10 +148,11 @@ class TestAgainstTheFormulas:
     def test_around_the_borders_of_blocks(self, segment_size, near_segments, sinks, regularized):
         query, key, value = inputs(400)
         gamma = gammas(regularized)
-        blocked, reference = (
+        blocked, tiled, reference = (
             attend(form, query, key, value, segment_size, near_segments, sinks, gamma).output for form in FORMS
         )
         torch.testing.assert_close(blocked, reference, **EXACT)
+        torch.testing.assert_close(tiled, reference, **EXACT)
         few = slice(0, 290)
         expected = oracle_head(
             query[1, 3, few], key[1, 1, few], value[1, 1, few], segment_size, near_segments, sinks,
@@ -207,9 +218,10 @@ class TestCausality:
         last = torch.autograd.grad((result[:, :, -1] * torch.randn_like(result[:, :, -1])).sum(), tensors[1:])
         assert all((gradient.abs().amax((0, 1, 3)) > 0).all() for gradient in last)
 
+    @pytest.mark.parametrize("length", [300, 1500])
     @pytest.mark.parametrize("regularized", [False, True])
-    def test_a_later_token_changes_no_bit(self, regularized):
-        query, key, value = inputs(300, dtype=torch.float32)
+    def test_a_later_token_changes_no_bit(self, regularized, length):
+        query, key, value = inputs(length, dtype=torch.float32)
         arguments = (16, 2, 4, gammas(regularized, dtype=torch.float32))
         before = attend("blocked", query, key, value, *arguments).output
         key[:, :, 200:], value[:, :, 200:], query[:, :, 200:] = 100.0, -100.0, 50.0
@@ -226,8 +238,9 @@ class TestCausality:
                 tensors.append(gamma)
             attend(form, *tensors[:3], 8, 2, 3, gamma).output.square().sum().backward()
             gradients.append([tensor.grad for tensor in tensors])
-        for one, other in zip(*gradients, strict=True):
-            torch.testing.assert_close(one, other, atol=1e-8, rtol=1e-8)
+        for *others, reference in zip(*gradients, strict=True):
+            for other in others:
+                torch.testing.assert_close(other, reference, atol=1e-8, rtol=1e-8)
 
 
 class TestStep:

@@ -34,6 +34,7 @@ class TestNystromformerDecoderOnTheHub(GenerativeHubRoundTrip):
         "configuration_nystromformer_hf_decoder.py",
         "cache_nystromformer_hf_decoder.py",
         "causal_nystrom_attention.py",
+        "tiled_attention.py",
         "checkpoints.py",
         "validation.py",
     ]

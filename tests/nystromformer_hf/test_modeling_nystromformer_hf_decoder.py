@@ -1,11 +1,14 @@
 """The decoder and its heads: causality, padding, Llama's weights, cache, generation, training, bad input."""
 
 import copy
+import itertools
 import json
 
 import pytest
 import torch
 import transformers
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
 from nystromformer_hf import (
@@ -13,6 +16,7 @@ from nystromformer_hf import (
     NystromformerHFDecoderForCausalLM,
     NystromformerHFDecoderForSequenceClassification,
     NystromformerHFDecoderModel,
+    causal_nystrom_attention,
 )
 
 from .decoder_models import BODY, PAD, SETTINGS, VOCABULARY, place, positions_of, shake, tiny_config, tiny_model, tokens
@@ -465,6 +469,164 @@ class TestCache:
         kept = 2 * config.num_key_value_heads * (config.near_segments * config.segment_size + config.num_sink_tokens)
         exact = 4 * config.num_hidden_layers * config.head_dim * kept
         assert sizes[0] == exact + 4 * config.num_hidden_layers * landmark * 400 // config.segment_size
+
+
+class TestTiles:
+    """Pieces long enough for `tiled_attention`, here with tiles so small that there are many."""
+
+    # Segments of up to twice TILE_BLOCK can be tiled, and a text of four blocks behind a near field is.
+    SETTINGS = [setting for setting in SETTINGS if setting != "longer_than_text"]
+
+    @pytest.fixture(autouse=True)
+    def tiles(self, monkeypatch):
+        monkeypatch.setattr(causal_nystrom_attention, "TILE_BLOCK", 3)
+        monkeypatch.setattr(causal_nystrom_attention, "TILE_SIZE", 24)
+        monkeypatch.setattr(causal_nystrom_attention, "HISTORY_TILE", 4)
+        tiles, original = [], causal_nystrom_attention.tiled_attention
+
+        def counted(*arguments):
+            tiles.append(len(arguments[-2]))
+            return original(*arguments)
+
+        monkeypatch.setattr(causal_nystrom_attention, "tiled_attention", counted)
+        return tiles
+
+    @pytest.mark.parametrize("kind", ["dynamic", "static"])
+    @pytest.mark.parametrize("side", [None, "left", "right", "middle"])
+    @pytest.mark.parametrize("setting", SETTINGS)
+    def test_pieces_and_padding(self, setting, side, kind, tiles):
+        model = tiny_model(setting)
+        rows = [tokens(150), tokens(150 if side is None else 133), tokens(150 if side is None else 20)]
+        input_ids, mask = place(rows, side or "left")
+        length = input_ids.shape[1]
+        cache = DynamicCache(config=model.config)
+        if kind == "static":
+            cache = StaticCache(config=model.config, max_cache_len=length)
+        logits = feed(model, cache, input_ids, [80, 1, 60, length - 141], None if side is None else mask)
+        # The first piece of any batch; a later one where the rows are equally long.
+        assert len(tiles) >= model.config.num_hidden_layers * (2 if side is None else 1)
+        explicit = tiny_model(setting, implementation="eager")
+        assert_rows_are_those_alone(explicit, logits, input_ids, mask, **CLOSE)
+
+    @pytest.mark.parametrize("setting", SETTINGS)
+    def test_gradients(self, setting, tiles):
+        input_ids, mask = place([tokens(90), tokens(71)], "left")
+        gradients = []
+        for implementation in ("sdpa", "eager"):
+            model = tiny_model(setting, implementation=implementation)
+            model(input_ids, attention_mask=mask, labels=input_ids.masked_fill(mask == 0, -100)).loss.backward()
+            gradients.append([parameter.grad for parameter in model.parameters()])
+            assert tiles
+        for fast, eager in zip(*gradients, strict=True):
+            torch.testing.assert_close(fast, eager, atol=1e-5 + 1e-5 * eager.abs().max().item(), rtol=1e-3)
+
+
+class LargestNewTensor(TorchDispatchMode):
+    """Counts the elements of the largest tensor that an operation makes, views aside."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if not function.is_view:
+            made = [tensor for tensor in tree_leaves(result) if isinstance(tensor, torch.Tensor)]
+            given = {id(leaf) for leaf in tree_leaves((args, kwargs))}
+            self.elements = max([self.elements] + [tensor.numel() for tensor in made if id(tensor) not in given])
+        return result
+
+
+class TestHistory:
+    """With a learned regularisation all keys and values are kept, yet a token does not pay for those before it."""
+
+    SETTING = {"segment_size": 50, "near_segments": 1, "num_sink_tokens": 2, "inverse_regularization": 2}
+
+    @pytest.mark.parametrize("kind", ["dynamic", "padded", "static"])
+    def test_a_step_copies_nothing_as_long_as_the_text(self, kind):
+        model = tiny_model(self.SETTING)
+        length = 1502  # sinks and 30 segments
+        input_ids, mask = place([tokens(length), tokens(length - (9 if kind == "padded" else 0))], "left")
+        cache = DynamicCache(config=model.config)
+        if kind == "static":
+            cache = StaticCache(config=model.config, max_cache_len=length + 100)
+        feed(model, cache, input_ids, [length], mask if kind == "padded" else None)
+        with LargestNewTensor() as largest:
+            feed(model, cache, tokens(2, 8), [1] * 8)
+        assert 0 < largest.elements < length * model.config.head_dim
+
+    def test_room_is_added_ever_more_rarely(self):
+        model = tiny_model(self.SETTING, num_hidden_layers=1)
+        cache = DynamicCache(config=model.config)
+        layer, rooms = cache.layers[0], []
+        for _ in range(700):
+            feed(model, cache, tokens(1, 1), [1])
+            rooms.append(layer.history_keys.shape[2])
+        enlarged = [index for index in range(1, 700) if rooms[index] != rooms[index - 1]]
+        assert len(enlarged) > 2
+        assert all(after - before >= max(64, before // 8) for before, after in itertools.pairwise(enlarged))
+        assert all(index < room <= index + 1 + max(64, (index + 1) // 8) for index, room in enumerate(rooms))
+
+    def test_padded_rows_read_it_one_by_one(self, monkeypatch):
+        """Only rows that complete a segment at a step, here one at each of two steps."""
+        model = tiny_model(self.SETTING, num_hidden_layers=1)
+        input_ids, mask = place([tokens(90), tokens(87)], "left")
+        cache = DynamicCache(config=model.config)
+        feed(model, cache, input_ids, [90], mask)
+        rows, attention = [], torch.nn.functional.scaled_dot_product_attention
+
+        def count_rows(query, *args, **kwargs):
+            rows.append(query.shape[0])
+            return attention(query, *args, **kwargs)
+
+        monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", count_rows)
+        read = []
+        for _ in range(20):
+            before = len(rows)
+            feed(model, cache, tokens(2, 1), [1])
+            read.append(rows[before:])
+        assert [index for index, step in enumerate(read) if step] == [11, 14]  # 2 sinks, 100 tokens behind them
+        assert read[11] == read[14] == [1]
+
+    @pytest.mark.parametrize("padded", [False, True])
+    @pytest.mark.parametrize("setting", ["regularized", "regularized_conv", "softmax"])
+    def test_crop_where_the_room_ends(self, setting, padded):
+        """Tokens taken back on either side of every border, of segments and of the buffer."""
+        model = tiny_model(setting)
+        input_ids, mask = place([tokens(160), tokens(160 - 7 * padded)], "left")
+        cache = DynamicCache(config=model.config)
+        feed(model, cache, input_ids[:, :20], [20], mask[:, :20] if padded else None)
+        cache.activate_past_recording()
+        logits, start = [], 20
+        for size in [3] * 40 + [20]:
+            feed(model, cache, tokens(2, 2 + size), [2 + size])
+            cache.crop(-(2 + size))
+            logits.append(feed(model, cache, input_ids[:, start : start + size], [size]))
+            cache.crop(0)
+            start += size
+        logits = torch.cat([logits[0].new_zeros(2, 20, VOCABULARY), *logits], 1)
+        for row in range(2):
+            real = mask[row] == 1
+            with torch.no_grad():
+                alone = model(input_ids[row, real][None], use_cache=False).logits[0]
+            torch.testing.assert_close(logits[row, 20:], alone[-140:], **CLOSE)
+
+    def test_modes_of_autograd_may_change_between_calls(self):
+        """Reading a prompt in inference mode, a piece with gradients, and steps without: each sees what the others wrote."""
+        model = tiny_model("regularized")
+        text = tokens(2, 60)
+        with torch.no_grad():
+            expected = model(text, use_cache=False).logits
+        cache = DynamicCache(config=model.config)
+        with torch.inference_mode():
+            model(text[:, :20], past_key_values=cache)
+        steps = feed(model, cache, text[:, 20:23], [1, 1, 1])
+        with_gradient = model(text[:, 23:40], past_key_values=cache).logits
+        rest = feed(model, cache, text[:, 40:], [1] * 20)
+        with_gradient.square().sum().backward()
+        assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
+        logits = torch.cat([steps, with_gradient.detach(), rest], 1)
+        torch.testing.assert_close(logits, expected[:, 20:], **CLOSE)
 
 
 class TestTakingBack:
