@@ -73,7 +73,7 @@ def plot(section: Section, results: Sequence[Result], roofline: Roofline, machin
     panels = [("seconds", 1e3, section.unit)]
     if any(result.peak_bytes for result in results):
         panels.append(("peak_bytes", 2.0**-20, "peak memory, MiB"))
-    figure = Figure(figsize=(6.5 * len(panels), 4.8))
+    figure = Figure(figsize=(6.5 * len(panels), 5.2), layout="constrained")
     for axes, (attribute, factor, label) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for name in dict.fromkeys(result.contender for result in results):
             own = [result for result in results if result.contender == name]
@@ -90,7 +90,6 @@ def plot(section: Section, results: Sequence[Result], roofline: Roofline, machin
         axes.grid(True, which="both", alpha=0.2)
     if any(result.multiplications for result in results):
         figure.axes[0].plot([], [], "--", color="gray", linewidth=0.8, label="needed multiplications at full rate")
-    figure.axes[0].legend(fontsize=7)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     figure.suptitle(f"{section.title}\n{machine}\n{roofline}", fontsize=8)
-    figure.tight_layout()
     figure.savefig(path, dpi=120)
