@@ -179,7 +179,9 @@ class FavorFeatureMap(FeatureMap):
 
     def draw(self, generator: torch.Generator | None = None) -> torch.Tensor:
         """Blocks of orthogonal directions with the lengths of Gaussian vectors, (feature_dim, head_dim)."""
-        normal = partial(torch.randn, generator=generator, device="cpu", dtype=torch.float32)  # half precision has no QR
+        normal = partial(
+            torch.randn, generator=generator, device="cpu", dtype=torch.float32
+        )  # half precision has no QR
         blocks = []
         for _ in range(-(-self.feature_dim // self.head_dim)):
             orthogonal, upper = torch.linalg.qr(normal(self.head_dim, self.head_dim))

@@ -24,6 +24,7 @@ from conversion_scripts.machine import machine
 
 from . import kermit, models, nystrom_decoder, nystrom_encoder
 from .measure import Limits, Result, Section, keep_to_free_memory
+from .nystrom_encoder import LANDMARKS
 from .peers import missing_peers
 from .report import as_json, check, plot, print_batch
 from .roofline import measure_roofline
@@ -36,7 +37,9 @@ SECTIONS = {**kermit.SECTIONS, **nystrom_encoder.SECTIONS, **nystrom_decoder.SEC
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=SECTIONS, nargs="+", metavar="NAME", help=f"of {', '.join(SECTIONS)}")
-    parser.add_argument("--lengths", type=positive, nargs="+", help="tokens; each section has its own by default")
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", help=f"tokens, multiples of {LANDMARKS}; each section has its own by default"
+    )
     parser.add_argument("--longest", type=positive, help="leave out lengths beyond this many tokens")
     parser.add_argument("--batches", type=positive, nargs="+", help="texts, for decoding-batch (default 1 8 64)")
     parser.add_argument(
@@ -49,6 +52,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=positive, default=2, help="CPU threads (default 2)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default float32, on a GPU bfloat16")
     options = parser.parse_args(arguments)
+    for length in options.lengths or ():
+        if length < 1 or length % LANDMARKS:
+            parser.error(f"--lengths {length}: multiples of {LANDMARKS}, as transformers' Nyströmformer wants them")
 
     torch.set_num_threads(options.threads)
     if torch.cuda.is_available():

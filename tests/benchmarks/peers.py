@@ -66,10 +66,17 @@ def performer(head_dim: int, feature_dim: int, causal: bool) -> Attention:
     """FAVOR+ in pure torch. Causal, the package would take a CUDA kernel of `fast_transformers`, which knows no CPU."""
     from performer_pytorch.performer_pytorch import FastAttention, causal_linear_attention_noncuda
 
-    attention = FastAttention(head_dim, nb_features=feature_dim)
+    # Its random features come from a QR decomposition, which torch does not have in half precision.
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"):
+            attention = FastAttention(head_dim, nb_features=feature_dim)
+    finally:
+        torch.set_default_dtype(dtype)
     attention.causal = causal
     attention.causal_linear_fn = causal_linear_attention_noncuda
-    return attention
+    return attention.to(torch.get_default_device(), dtype)
 
 
 def blind_linear_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

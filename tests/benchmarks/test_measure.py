@@ -3,12 +3,13 @@
 import json
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
 
 from . import __main__ as entry
-from . import measure, peers, report, targets
+from . import decoding, kermit, measure, models, nystrom_decoder, nystrom_encoder, peers, report, targets
 from .decoding import Decoder, Place, compare_decoding
 from .measure import Contender, Limits, Result, Section, Skipped, by_length, compare
 from .roofline import Roofline, measure_roofline
@@ -219,7 +220,7 @@ def test_missing_peers_are_named_and_left_out(tmp_path, monkeypatch, capsys, qui
     for module in peers.PACKAGES.values():
         monkeypatch.setitem(sys.modules, module, None)
     assert not any(peers.has(package) for package in peers.PACKAGES)
-    report = run_entry(tmp_path, "--only", "nystrom-core", "--lengths", "16")
+    report = run_entry(tmp_path, "--only", "nystrom-core", "--lengths", "64")
     lines = capsys.readouterr().out.splitlines()
     for package in peers.PACKAGES:
         assert sum(line.startswith(f"{package} is left out: ") for line in lines) == 1
@@ -228,14 +229,56 @@ def test_missing_peers_are_named_and_left_out(tmp_path, monkeypatch, capsys, qui
     assert {entry["contender"] for entry in section["results"]} == {"softmax (SDPA)", "ours", "transformers"}
 
 
-@pytest.mark.parametrize("name", ["kermit-training", "nystrom-prefill", "decoder-layer"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_sections_run_at_tiny_lengths(tmp_path, quick, name, dtype):
-    section = run_entry(tmp_path, "--only", name, "--lengths", "64", "--longest", "64", "--dtype", dtype)[name]
+def test_a_section_is_printed_kept_and_drawn(tmp_path, quick, capsys):
+    arguments = ("--only", "nystrom-prefill", "--lengths", "64", "128", "--longest", "64", "--dtype", "bfloat16")
+    section = run_entry(tmp_path, *arguments)["nystrom-prefill"]
     assert section["skipped"] == []
-    assert all(entry["seconds"] > 0 for entry in section["results"])
-    assert any("share_of_peak" in entry for entry in section["results"])
-    assert (tmp_path / f"{name}.png").stat().st_size > 0
+    assert [entry["length"] for entry in section["results"]] == [64, 64, 64]
+    assert all(entry["seconds"] > 0 and entry["share_of_peak"] > 0 for entry in section["results"])
+    assert section["results"][0]["ratio"]["median"] == 1.0
+    assert "of peak" in capsys.readouterr().out
+    assert (tmp_path / "nystrom-prefill.png").stat().st_size > 0
+
+
+CONTENDERS = {
+    "kermit": partial(kermit.attention_contenders, backward=True),
+    "encoder": partial(nystrom_encoder.attention_cores, backward=True),
+    "encoder layers": nystrom_encoder.encoder_layers,
+    "decoder layers": models.layers,
+    "training steps": models.training_steps,
+}
+
+
+@pytest.mark.parametrize("contenders", CONTENDERS.values(), ids=CONTENDERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_every_contender_runs(contenders, dtype):
+    torch.set_default_dtype(dtype)
+    try:
+        for contender in contenders(64).values():
+            contender.run()
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("time", [models.time_batches, nystrom_decoder.time_decoding], ids=["batches", "nystrom"])
+def test_decoding_runs(time, monkeypatch):
+    """One layer instead of eight, contexts of a few tokens, one round."""
+    monkeypatch.setattr(decoding, "compare", lambda *arguments, **_: compare(*arguments, max_rounds=1))
+    for module in (models, nystrom_decoder):
+        monkeypatch.setattr(module, "body", partial(models.body, layers=1, vocabulary=64))
+    monkeypatch.setattr(models, "BATCH_CONTEXT", 70)
+    batches = list(time((2, 3), PATIENT))
+    assert [[result.length for result in batch] for batch in batches] == [[2] * 3, [3] * 3]
+    assert all(isinstance(result, Result) for batch in batches for result in batch)
+
+
+@pytest.mark.parametrize("length", ["0", "100"])
+def test_lengths_that_do_not_fit_the_landmarks_are_refused(length, capsys):
+    with pytest.raises(SystemExit):
+        entry.main(["--lengths", length])
+    assert (
+        capsys.readouterr().err.splitlines()[-1].endswith("multiples of 64, as transformers' Nyströmformer wants them")
+    )
 
 
 def test_lengths_are_for_tokens_and_batches_for_texts():
