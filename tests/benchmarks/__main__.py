@@ -1,6 +1,6 @@
 """Runs the benchmarks, prints tables with ratios, writes results.json and plots, and says which targets hold.
 
-python -m tests.benchmarks                                       # everything, hours on two cores
+python -m tests.benchmarks                                       # everything, an hour or two on two cores
 python -m tests.benchmarks --longest 8192                        # everything up to 8,192 tokens
 python -m tests.benchmarks --only kermit-forward kermit-decoding
 python -m tests.benchmarks --lengths 512 4096 --output /tmp/bench

@@ -124,7 +124,13 @@ def time_decoding(lengths: tuple[int, ...], limits: Limits) -> Iterator[list[Res
     return compare_decoding(decoders, {length: Place(length) for length in lengths}, limits)
 
 
-LINEAR = ("additive", "additive + window 128", "gated delta", "gated delta + window 128")
+LINEAR = (
+    "additive",
+    "additive + window 128",
+    f"additive, {FAVOR_FEATURES} random features",
+    "gated delta",
+    "gated delta + window 128",
+)
 SECTIONS = {
     "kermit-forward": Section(
         "KERMIT attention, forward: 8 heads x 64",

@@ -57,7 +57,7 @@ class Limits(NamedTuple):
     """What one contender may take at one length: seconds for its least rounds, the first run included; bytes of memory,
     None for what is free."""
 
-    seconds: float = 60.0
+    seconds: float = 120.0
     bytes: int | None = None
 
 

@@ -40,11 +40,9 @@ def check(section: Section, results: Sequence[Result]) -> bool:
         print(f"  {name}: {grows}")
     holds = True
     for target in section.targets:
-        checked = target.check(results)
-        if checked is not None:
-            figure, met = checked
-            print(f"  {'holds ' if met else 'MISSED'}  {figure}")
-            holds &= met
+        figure, met = target.check(results) or ("not measured", None)
+        print(f"  {({True: 'holds', False: 'MISSED', None: '-'})[met]:6}  {target}: {figure}")
+        holds &= met is not False
     return holds
 
 

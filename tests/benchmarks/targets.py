@@ -20,13 +20,16 @@ class Faster(NamedTuple):
     length: int
     ratio: float
 
+    def __str__(self) -> str:
+        return f"{self.contender} at least {self.ratio:g}x as fast as {self.rival} at {self.length:,}"
+
     def check(self, results: Sequence[Result]) -> tuple[str, bool] | None:
+        """The figure measured and whether it holds; None where it was not measured. So do the other targets."""
         own, rival = (find(results, name, self.length) for name in (self.contender, self.rival))
         if own is None or rival is None:
             return None
         measured = ratio(rival, own)[0]
-        what = f"{self.contender} vs {self.rival} at {self.length:,}"
-        return f"{what}: {measured:.1f}x, target {self.ratio:g}x", measured >= self.ratio
+        return f"{measured:.1f}x", measured >= self.ratio
 
 
 class Flat(NamedTuple):
@@ -35,13 +38,15 @@ class Flat(NamedTuple):
     contender: str
     ratio: float
 
+    def __str__(self) -> str:
+        return f"{self.contender}: time at the greatest length at most {self.ratio:g} of that at the smallest"
+
     def check(self, results: Sequence[Result]) -> tuple[str, bool] | None:
         own = sorted((r.length, r.seconds) for r in results if r.contender == self.contender)
         if len(own) < 2:
             return None
         (shortest, before), (longest, after) = own[0], own[-1]
-        what = f"{self.contender}: time at {longest:,} over {shortest:,}"
-        return f"{what}: {after / before:.2f}, target <= {self.ratio:g}", after / before <= self.ratio
+        return f"{after / before:.2f}, {longest:,} over {shortest:,}", after / before <= self.ratio
 
 
 class Growth(NamedTuple):
@@ -51,12 +56,12 @@ class Growth(NamedTuple):
     attribute: str
     exponent: float
 
+    def __str__(self) -> str:
+        return f"{self.contender}: {LABELS[self.attribute]} grows at most as length^{self.exponent:g}"
+
     def check(self, results: Sequence[Result]) -> tuple[str, bool] | None:
         exponent = growth_exponent(results, self.contender, self.attribute)
-        if exponent is None:
-            return None
-        what = f"{self.contender}: {LABELS[self.attribute]}"
-        return f"{what} ~ length^{exponent:.2f}, target <= {self.exponent:g}", exponent <= self.exponent
+        return None if exponent is None else (f"length^{exponent:.2f}", exponent <= self.exponent)
 
 
 LABELS = {"seconds": "time", "peak_bytes": "memory"}

@@ -136,7 +136,7 @@ def test_growth_is_fitted_from_4096_tokens_on(exponent):
     assert targets.growth_exponent(results + short, "a") == pytest.approx(exponent)
     time, memory = targets.growing(1.1, "a")
     assert time.check(results + short)[1] == (exponent <= 1.1)
-    assert memory.check(results + short) == ("a: memory ~ length^1.00, target <= 1.1", True)
+    assert memory.check(results + short) == ("length^1.00", True)
 
 
 def test_growth_is_not_fitted_over_too_short_a_span_or_without_figures():
@@ -147,10 +147,19 @@ def test_growth_is_not_fitted_over_too_short_a_span_or_without_figures():
 
 def test_faster_and_flat_say_what_was_measured():
     results = [result("a", 10, 1.0), result("b", 10, 3.0), result("a", 20, 1.2)]
-    assert targets.Faster("a", "b", 10, 2.0).check(results) == ("a vs b at 10: 3.0x, target 2x", True)
+    assert targets.Faster("a", "b", 10, 2.0).check(results) == ("3.0x", True)
     assert targets.Faster("a", "b", 10, 4.0).check(results)[1] is False
     assert targets.Faster("a", "b", 20, 2.0).check(results) is None
-    assert targets.Flat("a", 1.1).check(results) == ("a: time at 20 over 10: 1.20, target <= 1.1", False)
+    assert targets.Flat("a", 1.1).check(results) == ("1.20, 20 over 10", False)
+
+
+def test_a_missed_target_fails_the_run_and_one_without_figures_does_not(capsys):
+    results = [result("a", 10, 1.0), result("b", 10, 3.0)]
+    held, missed, unmeasured = (targets.Faster("a", "b", n, r) for n, r in ((10, 2.0), (10, 4.0), (20, 2.0)))
+    assert report.check(Section("", None, (), (held, unmeasured)), results)
+    assert not report.check(Section("", None, (), (held, missed)), results)
+    lines = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert lines == ["holds", "-", "holds", "MISSED"]
 
 
 def test_share_of_peak_and_ratio_are_printed_and_kept(capsys):
