@@ -14,6 +14,7 @@ makes `KermitConfig(feature_map="mine")` work.
 """
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -178,13 +179,14 @@ class FavorFeatureMap(FeatureMap):
 
     def draw(self, generator: torch.Generator | None = None) -> torch.Tensor:
         """Blocks of orthogonal directions with the lengths of Gaussian vectors, (feature_dim, head_dim)."""
+        normal = partial(
+            torch.randn, generator=generator, device="cpu", dtype=torch.float32
+        )  # half precision has no QR
         blocks = []
         for _ in range(-(-self.feature_dim // self.head_dim)):
-            gaussian = torch.randn(self.head_dim, self.head_dim, generator=generator, device="cpu")
-            orthogonal, upper = torch.linalg.qr(gaussian)
+            orthogonal, upper = torch.linalg.qr(normal(self.head_dim, self.head_dim))
             blocks.append((orthogonal * upper.diagonal().sign()).T)
-        gaussian = torch.randn(self.feature_dim, self.head_dim, generator=generator, device="cpu")
-        lengths = gaussian.norm(dim=-1, keepdim=True)
+        lengths = normal(self.feature_dim, self.head_dim).norm(dim=-1, keepdim=True)
         return torch.cat(blocks)[: self.feature_dim] * lengths
 
     def forward_queries(self, query):

@@ -10,23 +10,15 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCach
 from kermit_hf import FEATURE_MAPS, KermitConfig, KermitForCausalLM
 from kermit_hf.kermit_attention import Slots, kermit_attention
 
-from .measure import (
-    Decoder,
-    Faster,
-    Flat,
-    Growth,
-    Result,
-    Section,
-    by_length,
-    compare_decoding,
-    fill_at_random,
-    fill_by_prompt,
-)
+from . import peers, work
+from .decoding import Decoder, Place, compare_decoding, fill_at_random, fill_by_prompt
+from .measure import Contender, Limits, Result, Section, Skipped, by_length, generator
+from .models import HEAD_DIM, HEADS, LENGTHS, SINKS, WINDOW, body
+from .targets import Faster, Flat, growing
 
 
-HEADS, HEAD_DIM, WINDOW, SINKS = 8, 64, 128, 4
-LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
-CONTEXTS = (256, 1024, 4096, 16384, 32768)
+CONTEXTS = (256, 1024, 4096, 16384, 32768, 65536)
+FAVOR_FEATURES = 128
 
 
 def attention(update_rule: str, feature_map: str, window_size: int) -> Callable[..., torch.Tensor]:
@@ -56,16 +48,20 @@ def attention(update_rule: str, feature_map: str, window_size: int) -> Callable[
     return attend
 
 
-def attention_contenders(length: int, backward: bool) -> Iterator[tuple[str, Callable[[], object]]]:
-    """(name, a function that runs it once), on the same random inputs."""
-    generator = torch.Generator().manual_seed(length)
-    states = [torch.randn(1, HEADS, length, HEAD_DIM, generator=generator) for _ in range(3)]
+def attention_contenders(length: int, backward: bool) -> dict[str, Contender]:
+    """Attention of 8 heads, on the same random inputs."""
+    random = generator(length)
+    states = [torch.randn(1, HEADS, length, HEAD_DIM, generator=random) for _ in range(3)]
     gates = {
-        "write_strength": torch.rand(1, HEADS, length, generator=generator),
-        "log_forget": -0.1 * torch.rand(1, HEADS, length, generator=generator),
+        "write_strength": torch.rand(1, HEADS, length, generator=random),
+        "log_forget": -0.1 * torch.rand(1, HEADS, length, generator=random),
     }
+    # Query, key, value and output; backward these again, and the gradient of each.
+    moved = (3 if backward else 1) * 4 * states[0].nbytes
 
-    def once(function: Callable, **extra: torch.Tensor) -> Callable[[], object]:
+    def once(function: Callable, needed: int | None = None, **extra: torch.Tensor) -> Contender:
+        """`needed`: multiplications of one head, forward."""
+
         def run():
             if not backward:
                 with torch.no_grad():
@@ -74,15 +70,30 @@ def attention_contenders(length: int, backward: bool) -> Iterator[tuple[str, Cal
             leaves = {name: tensor.detach().requires_grad_() for name, tensor in extra.items()}
             function(*inputs, **leaves).sum().backward()
 
-        return run
+        passes = work.TRAINING if backward else 1
+        return Contender(run, None if needed is None else passes * HEADS * needed, moved)
 
-    yield "softmax (SDPA)", once(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True))
-    yield "additive", once(attention("additive", "elu", 0))
-    yield "additive + window 128", once(attention("additive", "elu", WINDOW))
-    yield "gated delta", once(attention("delta", "silu_l2", 0), **gates)
-    yield "gated delta + window 128", once(attention("delta", "silu_l2", WINDOW), **gates)
-    if length <= 16384:
-        yield "transformers gated delta", once(transformers_gated_delta(), **gates)
+    near = work.window(length, HEAD_DIM, WINDOW, SINKS)
+    additive, delta = (rule(length, HEAD_DIM, HEAD_DIM, 64) for rule in (work.additive, work.delta))
+    favor = work.additive(length, FAVOR_FEATURES, HEAD_DIM, 64) + work.random_features(length, FAVOR_FEATURES, HEAD_DIM)
+    contenders = {
+        "softmax (SDPA)": once(softmax_attention, work.softmax_causal(length, HEAD_DIM)),
+        "additive": once(attention("additive", "elu", 0), additive),
+        "additive + window 128": once(attention("additive", "elu", WINDOW), additive + near),
+        f"additive, {FAVOR_FEATURES} random features": once(attention("additive", "favor", 0), favor),
+        "gated delta": once(attention("delta", "silu_l2", 0), delta, **gates),
+        "gated delta + window 128": once(attention("delta", "silu_l2", WINDOW), delta + near, **gates),
+        "transformers gated delta": once(transformers_gated_delta(), delta, **gates),
+    }
+    contenders |= {name: once(peer) for name, peer in peers.causal_peers(HEAD_DIM, FAVOR_FEATURES).items()}
+    if peers.has("flash-linear-attention"):
+        contenders["flash-linear-attention gated delta"] = once(peers.flash_gated_delta, **gates)
+    return contenders
+
+
+def softmax_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """On a GPU in half precision this is torch's flash kernel."""
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True)
 
 
 def transformers_gated_delta() -> Callable[..., torch.Tensor]:
@@ -96,55 +107,55 @@ def transformers_gated_delta() -> Callable[..., torch.Tensor]:
     return attend
 
 
-def time_decoding(lengths: tuple[int, ...]) -> Iterator[list[Result]]:
+def time_decoding(lengths: tuple[int, ...], limits: Limits) -> Iterator[list[Result | Skipped]]:
     """KERMIT as `generate()` runs it by default and with a static cache and `torch.compile`; a Llama of the same body with
     the default cache."""
-    body = {
-        "vocab_size": 32000,
-        "hidden_size": HEADS * HEAD_DIM,
-        "intermediate_size": 1408,
-        "num_hidden_layers": 8,
-        "num_attention_heads": HEADS,
-        "max_position_embeddings": 65536,
-    }
     torch.manual_seed(0)
-    kermit = KermitForCausalLM(KermitConfig(**body, window_size=WINDOW)).eval()
-    llama = LlamaForCausalLM(LlamaConfig(**body)).eval()
-    static = partial(StaticCache, config=kermit.config, max_cache_len=65536)
+    kermit = KermitForCausalLM(KermitConfig(**body(), window_size=WINDOW)).eval()
+    llama = LlamaForCausalLM(LlamaConfig(**body())).eval()
+    static = partial(StaticCache, config=kermit.config, max_cache_len=2 * max(lengths))
     prompt = partial(fill_by_prompt, kermit)
-    at_random = partial(fill_at_random, layers=body["num_hidden_layers"], heads=HEADS, head_dim=HEAD_DIM)
+    at_random = partial(fill_at_random, layers=body()["num_hidden_layers"], heads=HEADS, head_dim=HEAD_DIM)
     decoders = {
         "Llama": Decoder(llama, partial(DynamicCache, config=llama.config), at_random, rewind=True),
         "KERMIT": Decoder(kermit, partial(DynamicCache, config=kermit.config), prompt),
         "KERMIT, static cache, compiled": Decoder(torch.compile(kermit, fullgraph=True), static, prompt),
     }
-    return compare_decoding(decoders, lengths)
+    return compare_decoding(decoders, {length: Place(length) for length in lengths}, limits)
 
 
+LINEAR = (
+    "additive",
+    "additive + window 128",
+    f"additive, {FAVOR_FEATURES} random features",
+    "gated delta",
+    "gated delta + window 128",
+)
 SECTIONS = {
     "kermit-forward": Section(
-        "KERMIT attention, forward: 8 heads x 64, float32",
-        by_length(lambda length: dict(attention_contenders(length, backward=False))),
+        "KERMIT attention, forward: 8 heads x 64",
+        by_length(partial(attention_contenders, backward=False)),
         LENGTHS,
         (
             Faster("additive", "softmax (SDPA)", 16384, 15.0),
             Faster("additive + window 128", "softmax (SDPA)", 16384, 8.0),
+            *growing(1.1, *LINEAR),
         ),
     ),
     "kermit-training": Section(
-        "KERMIT attention, forward + backward: 8 heads x 64, float32",
-        by_length(lambda length: dict(attention_contenders(length, backward=True))),
+        "KERMIT attention, forward + backward: 8 heads x 64",
+        by_length(partial(attention_contenders, backward=True)),
         LENGTHS,
         (
             Faster("additive", "softmax (SDPA)", 16384, 15.0),
             Faster("additive + window 128", "softmax (SDPA)", 16384, 8.0),
             Faster("gated delta", "softmax (SDPA)", 16384, 5.0),
             Faster("gated delta", "transformers gated delta", 16384, 25.0),
-            Growth("gated delta + window 128", "peak_bytes", 1.1),
+            *growing(1.1, *LINEAR),
         ),
     ),
     "kermit-decoding": Section(
-        "KERMIT decoding: 8 layers x 512, float32",
+        "KERMIT decoding: 8 layers x 512",
         time_decoding,
         CONTEXTS,
         (

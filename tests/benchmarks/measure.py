@@ -1,179 +1,246 @@
-"""Side by side timing: every contender runs in turn, round after round, so that a slow moment of the machine hits all."""
+"""Side by side timing: every contender runs in turn, round after round, so that a slow moment of the machine hits all.
+
+What is timed lives on torch's default device and in its default dtype, which the entry point sets.
+"""
 
 import ctypes
 import gc
+import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from transformers import Cache, PreTrainedModel
+
+
+MIN_ROUNDS = 3
+
+
+class Contender(NamedTuple):
+    """`run` does the whole work once. multiplications: as many as the algorithm needs for it, see `work`; bytes: of its
+    inputs and outputs; both None where not known."""
+
+    run: Callable[[], object]
+    multiplications: int | None = None
+    bytes: int | None = None
 
 
 @dataclass
 class Result:
-    """One contender at one length: median seconds and, where the system tells, peak bytes above the start."""
+    """One contender at one length: seconds of each round and, where the system tells, peak bytes above the start."""
 
     contender: str
     length: int
-    seconds: float
-    peak_bytes: int | None
-    rounds: int
+    rounds: list[float]
+    peak_bytes: int | None = None
+    multiplications: int | None = None
+    bytes: int | None = None
+
+    @property
+    def seconds(self) -> float:
+        return statistics.median(self.rounds)
 
 
-class Faster(NamedTuple):
-    """`contender` takes at most 1 / `ratio` of the time of `rival` at `length` tokens."""
+@dataclass
+class Skipped:
+    """A contender that was not timed at a length, and why."""
 
     contender: str
-    rival: str
     length: int
-    ratio: float
+    reason: str
 
 
-class Flat(NamedTuple):
-    """`contender` takes at the greatest length at most `ratio` times as long as at the smallest."""
+class Limits(NamedTuple):
+    """What one contender may take at one length: seconds for its least rounds, the first run included; bytes of memory,
+    None for what is free."""
 
-    contender: str
-    ratio: float
-
-
-class Growth(NamedTuple):
-    """`attribute` of `contender`, "seconds" or "peak_bytes", grows at most as length^exponent from `shortest` on."""
-
-    contender: str
-    attribute: str
-    exponent: float
-    shortest: int = 2048
+    seconds: float = 120.0
+    bytes: int | None = None
 
 
 @dataclass
 class Section:
-    """One table and one picture. `time(lengths)` yields the results of one length after the other, the contender that the
-    others are compared with first; `targets` are what has to hold."""
+    """One table and one picture. `time(lengths, limits)` yields what came out at one length after the other, the contender
+    that the others are compared with first; `targets` are what has to hold, see `targets`."""
 
     title: str
-    time: Callable[[tuple[int, ...]], Iterator[list[Result]]]
+    time: Callable[[tuple[int, ...], Limits], Iterator[list[Result | Skipped]]]
     lengths: tuple[int, ...]
-    targets: tuple[Faster | Flat | Growth, ...] = ()
+    targets: tuple = ()
     unit: str = "milliseconds"
+    axis: str = "tokens"
 
 
-def by_length(contenders: Callable[[int], dict[str, Callable[[], object]]]) -> Callable[..., Iterator[list[Result]]]:
+def by_length(contenders: Callable[[int], dict[str, Contender]]) -> Callable[..., Iterator[list[Result | Skipped]]]:
     """The `time` of a section whose contenders are made for one length."""
 
-    def time_lengths(lengths: tuple[int, ...]) -> Iterator[list[Result]]:
-        for length in lengths:
-            yield compare(contenders(length), length)
+    def time_lengths(lengths: tuple[int, ...], limits: Limits) -> Iterator[list[Result | Skipped]]:
+        earlier: list[Result | Skipped] = []
+        for length in sorted(lengths):
+            batch = compare(contenders(length), length, limits, earlier)
+            earlier += batch
+            yield batch
 
     return time_lengths
 
 
-class Decoder(NamedTuple):
-    """A model and an empty cache for it. `fill(cache, tokens)` brings the cache to that many tokens of context.
-
-    `rewind` takes the new tokens out of the cache again, for models whose time depends on their number. `tokens`: new ones
-    of a run, as many as it takes until the cost of each comes round again.
-    """
-
-    model: PreTrainedModel
-    cache: Callable[[], Cache]
-    fill: Callable[[Cache, int], None]
-    rewind: bool = False
-    tokens: int = 4
-
-
-def compare_decoding(decoders: dict[str, Decoder], lengths: tuple[int, ...]) -> Iterator[list[Result]]:
-    """Seconds per generated token at each context length, all of them in one interleaved run."""
-
-    @torch.no_grad()
-    def decode(decoder: Decoder, cache: Cache, context: int) -> None:
-        for index in range(decoder.tokens):
-            position = torch.tensor([[context + index]])
-            decoder.model(torch.tensor([[3]]), past_key_values=cache, use_cache=True, position_ids=position)
-        if decoder.rewind:
-            cache.crop(-decoder.tokens)
-
-    contenders = {}
-    for name, decoder in decoders.items():
-        for context in lengths:
-            cache = decoder.cache()
-            decoder.fill(cache, context)
-            contenders[name, context] = partial(decode, decoder, cache, context)
-    results = compare(contenders, 0, max_rounds=9, budget=40.0)
-    for result in results:
-        result.contender, result.length = result.contender
-        result.seconds /= decoders[result.contender].tokens
-        result.peak_bytes = None  # of a few steps, which says nothing
-    for context in lengths:
-        yield [result for result in results if result.length == context]
-
-
-def fill_by_prompt(model: PreTrainedModel, cache: Cache, context: int) -> None:
-    """Reads a random prompt, in pieces, so that memory stays small."""
-    prompt = torch.randint(3, model.config.vocab_size, (1, context))
-    with torch.no_grad():
-        for piece in prompt.split(4096, 1):
-            model(piece, past_key_values=cache, use_cache=True, logits_to_keep=1)
-
-
-def fill_at_random(cache: Cache, context: int, layers: int, heads: int, head_dim: int) -> None:
-    """Random keys and values: what an ordinary cache holds does not change the time."""
-    for layer in range(layers):
-        states = torch.randn(1, heads, context, head_dim)
-        cache.update(states, states, layer)
-
-
 def compare(
-    contenders: dict[object, Callable[[], object]], length: int, max_rounds: int = 7, budget: float = 30.0
-) -> list[Result]:
-    """Times all contenders in turn until `max_rounds` rounds or `budget` seconds are spent, at least three rounds.
+    contenders: dict[object, Contender],
+    length: int,
+    limits: Limits,
+    earlier: Sequence[Result | Skipped] = (),
+    max_rounds: int = 7,
+    seconds: float = 30.0,
+) -> list[Result | Skipped]:
+    """Times all contenders in turn until `max_rounds` rounds or `seconds` are spent, at least three rounds.
 
     The first run of each, not counted, warms up and measures memory. Before a run of less than a second comes another that
     is not counted: as in a loop of training steps, the contender then finds its own memory, not that of the one before.
+    Contenders that would not keep to `limits`, judging by their `earlier` results or by their first run, are skipped.
     """
-    peaks = {name: peak_memory(run) for name, run in contenders.items()}
-    times: dict[str, list[float]] = {name: [] for name in contenders}
+    peaks: dict[object, int | None] = {}
+    skipped: dict[object, Skipped] = {}
+    for name, contender in contenders.items():
+        reason = too_much(name, length, limits, earlier)
+        if reason is None:
+            try:
+                taken, peaks[name] = first_run(contender.run)
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                reason = "out of memory"
+            else:
+                reason = too_slow(taken, limits)
+        if reason is not None:
+            skipped[name] = Skipped(name, length, reason)
+
+    timed = {name: contender for name, contender in contenders.items() if name not in skipped}
+    rounds: dict[object, list[float]] = {name: [] for name in timed}
     start = time.perf_counter()
     for done in range(max_rounds):
-        if done >= 3 and time.perf_counter() - start > budget:
+        if done >= MIN_ROUNDS and time.perf_counter() - start > seconds:
             break
-        for name, run in contenders.items():
-            if not times[name] or times[name][-1] < 1.0:
-                run()
-            before = time.perf_counter()
-            run()
-            times[name].append(time.perf_counter() - before)
-    return [Result(name, length, statistics.median(t), peaks[name], len(t)) for name, t in times.items()]
+        for name, contender in timed.items():
+            if not rounds[name] or rounds[name][-1] < 1.0:
+                contender.run()
+            rounds[name].append(seconds_of(contender.run))
+    return [
+        skipped.get(name) or Result(name, length, rounds[name], peaks[name], *contender[1:])
+        for name, contender in contenders.items()
+    ]
 
 
-def peak_memory(run: Callable[[], object]) -> int | None:
-    """Bytes of resident memory that `run` needed above what was there, None where the kernel does not tell."""
+def ratio(base: Result, result: Result) -> tuple[float, float, float]:
+    """How many times faster than `base`: median and quartiles over the rounds, each a pair of neighbouring runs."""
+    ratios = [theirs / own for theirs, own in zip(base.rounds, result.rounds, strict=True)]
+    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
+    return middle, low, high
+
+
+def too_much(contender: object, length: int, limits: Limits, earlier: Sequence[Result | Skipped]) -> str | None:
+    """Why a contender need not be tried at `length`, in words; None where nothing speaks against it."""
+    own = [result for result in earlier if result.contender == contender]
+    for result in own:
+        if isinstance(result, Skipped):
+            return f"as at {result.length:,}"
+    available, needed = limits.bytes or free_memory(), expected(own, length, "peak_bytes")
+    if needed and available and needed > available:
+        return f"would need {needed / 2**30:.1f} GiB of memory, {available / 2**30:.1f} can be had"
+    return too_slow(expected(own, length, "seconds") or 0.0, limits)
+
+
+def too_slow(seconds: float, limits: Limits) -> str | None:
+    """Why a contender that takes `seconds` for a run is skipped, in words; None if it is fast enough."""
+    needed = (1 + MIN_ROUNDS) * seconds
+    return f"would take {needed:.0f} s, {limits.seconds:g} are allowed" if needed > limits.seconds else None
+
+
+def expected(results: Sequence[Result], length: int, attribute: str) -> float | None:
+    """`attribute` at `length` if it goes on growing as it did between the last two lengths, at least linearly and at most
+    quadratically; None without results."""
+    known = [(result.length, getattr(result, attribute)) for result in results if getattr(result, attribute)]
+    if not known:
+        return None
+    exponent = 1.0
+    if len(known) > 1:
+        (earlier, before), (later, after) = known[-2:]
+        exponent = min(max(math.log(after / before) / math.log(later / earlier), 1.0), 2.0)
+    last, value = known[-1]
+    return value * (length / last) ** exponent
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """torch raises an error class of its own on a GPU, and a plain RuntimeError on a CPU."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+
+
+def on_gpu() -> bool:
+    return torch.get_default_device().type == "cuda"
+
+
+def generator(seed: int) -> torch.Generator:
+    """Random numbers of the default device."""
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)
+
+
+def synchronize() -> None:
+    """Waits until a GPU has done what it was given."""
+    if on_gpu():
+        torch.cuda.synchronize()
+
+
+def seconds_of(run: Callable[[], object]) -> float:
+    synchronize()
+    start = time.perf_counter()
+    run()
+    synchronize()
+    return time.perf_counter() - start
+
+
+def first_run(run: Callable[[], object]) -> tuple[float, int | None]:
+    """Seconds, and bytes of memory that `run` needed above what was there: of the GPU, or resident memory of this process,
+    None where the kernel does not tell."""
     gc.collect()
+    if on_gpu():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        return seconds_of(run), torch.cuda.max_memory_allocated() - before
     try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
-        before = _status("VmRSS")
-        run()
-        return max(_status("VmHWM") - before, 0)
+        before = _proc_bytes("/proc/self/status", "VmRSS")
     except OSError:
-        run()
+        return seconds_of(run), None
+    seconds = seconds_of(run)
+    return seconds, max(_proc_bytes("/proc/self/status", "VmHWM") - before, 0)
+
+
+def free_memory() -> int | None:
+    """Bytes that can be had on the default device, None where the system does not tell."""
+    if on_gpu():
+        return torch.cuda.mem_get_info()[0]
+    try:
+        return _proc_bytes("/proc/meminfo", "MemAvailable")
+    except OSError:
         return None
 
 
-def _status(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
+def keep_to_free_memory() -> None:
+    """From now on an allocation beyond what is free now fails, where it would otherwise end the whole run."""
+    available = free_memory()
+    if on_gpu() or available is None:
+        return
+    import resource
+
+    limit = _proc_bytes("/proc/self/status", "VmData") + available
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.getrlimit(resource.RLIMIT_DATA)[1]))
+
+
+def _proc_bytes(path: str, field: str) -> int:
+    for line in Path(path).read_text().splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
-    raise OSError(f"{field} is not in /proc/self/status")
-
-
-def growth_exponent(results: list[Result], contender: str, shortest: int, attribute: str = "seconds") -> float:
-    """Slope of log(time) against log(length) from `shortest` on: 1 is linear, 2 quadratic."""
-    points = [(r.length, getattr(r, attribute)) for r in results if r.contender == contender and r.length >= shortest]
-    x, y = (torch.tensor(values, dtype=torch.float64).log() for values in zip(*points, strict=True))
-    x = x - x.mean()
-    return float((x * (y - y.mean())).sum() / x.square().sum())
+    raise OSError(f"{field} is not in {path}")

@@ -4,34 +4,23 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from nystromformer_hf import NystromformerHFDecoderConfig, NystromformerHFDecoderForCausalLM
 from nystromformer_hf.causal_nystrom_attention import causal_nystrom_blocked, context_of_whole_text
 
-from .measure import (
-    Decoder,
-    Faster,
-    Growth,
-    Result,
-    Section,
-    by_length,
-    compare_decoding,
-    fill_at_random,
-    fill_by_prompt,
-)
+from . import work
+from .decoding import Decoder, Place, compare_decoding, fill_at_random, fill_by_prompt
+from .kermit import CONTEXTS, softmax_attention
+from .measure import Contender, Limits, Result, Section, Skipped, by_length, generator
+from .models import HEAD_DIM, HEADS, LENGTHS, NEAR_SEGMENTS, SEGMENT, SINKS, body
+from .targets import Faster, growing
 
 
-HEADS, HEAD_DIM, SEGMENT, NEAR_SEGMENTS, SINKS = 8, 64, 64, 2, 4
-LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
-CONTEXTS = (256, 1024, 4096, 16384, 32768)
-
-
-def attention_contenders(length: int, backward: bool) -> dict[str, Callable[[], object]]:
+def attention_contenders(length: int, backward: bool) -> dict[str, Contender]:
     """Attention over a text without padding, on the same random inputs; "learned γ" keeps every key, see the module."""
-    generator = torch.Generator().manual_seed(length)
-    states = [torch.randn(1, HEADS, length, HEAD_DIM, generator=generator) for _ in range(3)]
+    random = generator(length)
+    states = [torch.randn(1, HEADS, length, HEAD_DIM, generator=random) for _ in range(3)]
 
     def nystrom(gamma: torch.Tensor | None) -> Callable[..., torch.Tensor]:
         def attend(query, key, value):
@@ -40,60 +29,56 @@ def attention_contenders(length: int, backward: bool) -> dict[str, Callable[[], 
 
         return attend
 
-    def once(function: Callable) -> Callable[[], object]:
+    def once(function: Callable, needed: int) -> Contender:
+        """`needed`: multiplications of one head, forward."""
+
         def run():
             if not backward:
                 with torch.no_grad():
                     return function(*states)
             function(*(tensor.detach().requires_grad_() for tensor in states)).sum().backward()
 
-        return run
+        passes = work.TRAINING if backward else 1
+        return Contender(run, passes * HEADS * needed, (3 if backward else 1) * 4 * states[0].nbytes)
 
+    ours = partial(work.causal_nystrom, length, HEAD_DIM, SEGMENT, NEAR_SEGMENTS, SINKS)
     return {
-        "softmax (SDPA)": once(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True)),
-        "causal Nyström": once(nystrom(None)),
-        "causal Nyström, learned γ": once(nystrom(torch.full((HEADS,), 2.0))),
+        "softmax (SDPA)": once(softmax_attention, work.softmax_causal(length, HEAD_DIM)),
+        "causal Nyström": once(nystrom(None), ours()),
+        "causal Nyström, learned γ": once(nystrom(torch.full((HEADS,), 2.0)), ours(regularized=True)),
     }
 
 
-def time_decoding(lengths: tuple[int, ...]) -> Iterator[list[Result]]:
+def time_decoding(lengths: tuple[int, ...], limits: Limits) -> Iterator[list[Result | Skipped]]:
     """As `generate()` runs it by default, against a Llama of the same body with the default cache."""
-    body = {
-        "vocab_size": 32000,
-        "hidden_size": HEADS * HEAD_DIM,
-        "intermediate_size": 1408,
-        "num_hidden_layers": 8,
-        "num_attention_heads": HEADS,
-        "max_position_embeddings": 65536,
-    }
     torch.manual_seed(0)
-    llama = LlamaForCausalLM(LlamaConfig(**body)).eval()
-    at_random = partial(fill_at_random, layers=body["num_hidden_layers"], heads=HEADS, head_dim=HEAD_DIM)
+    llama = LlamaForCausalLM(LlamaConfig(**body())).eval()
+    at_random = partial(fill_at_random, layers=body()["num_hidden_layers"], heads=HEADS, head_dim=HEAD_DIM)
     decoders = {"Llama": Decoder(llama, partial(DynamicCache, config=llama.config), at_random, rewind=True)}
     for name, gamma in (("causal Nyström", None), ("causal Nyström, learned γ", 2.0)):
-        config = NystromformerHFDecoderConfig(**body, inverse_regularization=gamma)
+        config = NystromformerHFDecoderConfig(**body(), inverse_regularization=gamma)
         model = NystromformerHFDecoderForCausalLM(config).eval()
         tokens = SEGMENT if gamma else 4  # the last token of a segment reads all keys
         fill = partial(fill_by_prompt, model)
         decoders[name] = Decoder(model, partial(DynamicCache, config=config), fill, tokens=tokens)
-    return compare_decoding(decoders, lengths)
+    return compare_decoding(decoders, {length: Place(length) for length in lengths}, limits)
 
 
 SECTIONS = {
     "nystrom-prefill": Section(
-        "Causal Nyström attention, forward: 8 heads x 64, segments of 64, near field 128, float32",
+        "Causal Nyström attention, forward: 8 heads x 64, segments of 64, near field 128",
         by_length(partial(attention_contenders, backward=False)),
         LENGTHS,
-        (Faster("causal Nyström", "softmax (SDPA)", 16384, 8.0),),
+        (Faster("causal Nyström", "softmax (SDPA)", 16384, 8.0), *growing(1.6, "causal Nyström")),
     ),
     "nystrom-prefill-training": Section(
-        "Causal Nyström attention, forward + backward: 8 heads x 64, segments of 64, near field 128, float32",
+        "Causal Nyström attention, forward + backward: 8 heads x 64, segments of 64, near field 128",
         by_length(partial(attention_contenders, backward=True)),
         LENGTHS,
-        (Growth("causal Nyström", "seconds", 1.6),),
+        growing(1.6, "causal Nyström"),
     ),
     "nystrom-decoding": Section(
-        "Causal Nyströmformer, decoding: 8 layers x 512, segments of 64, near field 128, float32",
+        "Causal Nyströmformer, decoding: 8 layers x 512, segments of 64, near field 128",
         time_decoding,
         CONTEXTS,
         (

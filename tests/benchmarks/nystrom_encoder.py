@@ -1,5 +1,5 @@
-"""What is timed for the Nyströmformer encoder: its attention and a whole layer, against transformers' own, the package
-`nystrom-attention`, and softmax attention."""
+"""What is timed for the Nyströmformer encoder: its attention and a whole layer, against transformers' own, other
+packages, and softmax attention."""
 
 from collections.abc import Callable
 from functools import partial
@@ -14,10 +14,13 @@ from transformers.models.nystromformer.modeling_nystromformer import Nystromform
 from nystromformer_hf import NystromformerHFConfig
 from nystromformer_hf.modeling_nystromformer_hf import NystromformerHFLayer, NystromformerHFSelfAttention
 
-from .measure import Faster, Growth, Section, by_length
+from . import peers, work
+from .measure import Contender, Section, by_length
+from .models import HEAD_DIM, HEADS, LENGTHS
+from .targets import Faster, growing
 
 
-HEADS, HEAD_DIM, LANDMARKS = 8, 64, 64
+LANDMARKS, FEATURES = 64, 128
 
 
 def _configs(seq_len: int) -> tuple[NystromformerConfig, NystromformerHFConfig]:
@@ -31,48 +34,70 @@ def _configs(seq_len: int) -> tuple[NystromformerConfig, NystromformerHFConfig]:
     return theirs, NystromformerHFConfig.from_nystromformer(theirs, attn_implementation="sdpa")
 
 
-def attention_cores(seq_len: int, batch: int = 1, backward: bool = False) -> dict[str, Callable[[], None]]:
-    """Attention with its convolution but without projections, of hidden states (batch, seq_len, 512).
-
-    `nystrom-attention` is there where it is installed; its module projects queries, keys and values in one layer, which
-    the identity replaces here.
-    """
+def attention_cores(seq_len: int, batch: int = 1, backward: bool = False) -> dict[str, Contender]:
+    """Attention without projections, of hidden states (batch, seq_len, 512); with a convolution where Nyström has one."""
     theirs_config, ours_config = _configs(seq_len)
     theirs, ours = NystromformerSelfAttention(theirs_config).eval(), NystromformerHFSelfAttention(ours_config).eval()
     ours.load_state_dict(theirs.state_dict())  # also because fresh memory may hold denormal numbers, which are slow
     for attention in (theirs, ours):
         attention.query = attention.key = attention.value = nn.Identity()
     hidden = torch.randn(batch, seq_len, HEADS * HEAD_DIM)
-
-    def softmax_attention(hidden_states: torch.Tensor) -> tuple[torch.Tensor]:
-        heads = hidden_states.unflatten(2, (HEADS, HEAD_DIM)).transpose(1, 2)
-        return (F.scaled_dot_product_attention(heads, heads, heads).transpose(1, 2).flatten(2),)
-
-    cores = {"softmax (SDPA)": softmax_attention, "ours": ours, "transformers": theirs}
-    try:
-        from nystrom_attention import NystromAttention
-    except ImportError:
-        pass
-    else:
-        peer = NystromAttention(HEADS * HEAD_DIM, dim_head=HEAD_DIM, heads=HEADS, num_landmarks=LANDMARKS).eval()
-        peer.to_qkv, peer.to_out = _Thrice(), nn.Identity()
-        cores["nystrom-attention"] = lambda hidden_states: (peer(hidden_states),)
-    return {name: _run(core, hidden, backward) for name, core in cores.items()}
+    once = partial(_contender, hidden=hidden, backward=backward)
+    cores = {
+        "softmax (SDPA)": once(_on_heads(F.scaled_dot_product_attention), HEADS * _softmax(seq_len)),
+        "ours": once(ours, HEADS * _nystrom(seq_len, theirs_config)),
+        "transformers": once(theirs, HEADS * _nystrom(seq_len, theirs_config)),
+    }
+    if peers.has("nystrom-attention"):
+        cores["nystrom-attention"] = once(_nystrom_attention())
+    return cores | {name: once(_on_heads(peer)) for name, peer in peers.bidirectional_peers(HEAD_DIM, FEATURES).items()}
 
 
-def encoder_layers(seq_len: int, batch: int = 1, backward: bool = False) -> dict[str, Callable[[], None]]:
+def encoder_layers(seq_len: int, batch: int = 1, backward: bool = False) -> dict[str, Contender]:
     """One whole encoder layer, of hidden states (batch, seq_len, 512)."""
     theirs_config, ours_config = _configs(seq_len)
     bert = BertConfig(hidden_size=HEADS * HEAD_DIM, num_attention_heads=HEADS, intermediate_size=4 * HEADS * HEAD_DIM)
     bert._attn_implementation = "sdpa"
     layers = {
-        "BERT (SDPA)": BertLayer(bert),
-        "ours": NystromformerHFLayer(ours_config),
-        "transformers": NystromformerLayer(theirs_config),
+        "BERT (SDPA)": BertLayer(bert).eval(),
+        "ours": NystromformerHFLayer(ours_config).eval(),
+        "transformers": NystromformerLayer(theirs_config).eval(),
     }
     layers["ours"].load_state_dict(layers["transformers"].state_dict())
     hidden = torch.randn(batch, seq_len, HEADS * HEAD_DIM)
-    return {name: _run(layer.eval(), hidden, backward) for name, layer in layers.items()}
+    contenders = {}
+    for name, layer in layers.items():
+        attention = _softmax(seq_len) if name == "BERT (SDPA)" else _nystrom(seq_len, theirs_config)
+        needed = HEADS * attention + work.linear_layers(layer, seq_len)
+        contenders[name] = _contender(layer, needed, hidden=hidden, backward=backward)
+    return contenders
+
+
+def _softmax(seq_len: int) -> int:
+    return work.softmax_bidirectional(seq_len, HEAD_DIM)
+
+
+def _nystrom(seq_len: int, config: NystromformerConfig) -> int:
+    return work.nystrom(seq_len, HEAD_DIM, LANDMARKS, taps=config.conv_kernel_size)
+
+
+def _on_heads(attention: Callable[..., torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Attention of (batch, heads, seq, head_dim), the same as query, key and value, of hidden states."""
+
+    def attend(hidden_states: torch.Tensor) -> torch.Tensor:
+        heads = hidden_states.unflatten(2, (HEADS, HEAD_DIM)).transpose(1, 2)
+        return attention(heads, heads, heads).transpose(1, 2).flatten(2)
+
+    return attend
+
+
+def _nystrom_attention() -> nn.Module:
+    """The package projects queries, keys and values in one layer, which the identity replaces here."""
+    from nystrom_attention import NystromAttention
+
+    peer = NystromAttention(HEADS * HEAD_DIM, dim_head=HEAD_DIM, heads=HEADS, num_landmarks=LANDMARKS).eval()
+    peer.to_qkv, peer.to_out = _Thrice(), nn.Identity()
+    return peer
 
 
 class _Thrice(nn.Module):
@@ -80,37 +105,45 @@ class _Thrice(nn.Module):
         return torch.cat([hidden_states] * 3, dim=-1)
 
 
-def _run(function: Callable, hidden: torch.Tensor, backward: bool) -> Callable[[], None]:
+def _contender(
+    function: Callable, multiplications: int | None = None, *, hidden: torch.Tensor, backward: bool
+) -> Contender:
+    """multiplications: of one row of the batch, forward."""
+
     def run() -> None:
         with torch.set_grad_enabled(backward):
             output = function(hidden.detach().requires_grad_(backward))
             if backward:
                 (output[0] if isinstance(output, tuple) else output).sum().backward()
 
-    return run
+    needed = None if multiplications is None else (work.TRAINING if backward else 1) * len(hidden) * multiplications
+    return Contender(run, needed, (3 if backward else 1) * 2 * hidden.nbytes)
 
 
-LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 CORE_TARGETS = tuple(
     Faster("ours", rival, length, 2.5) for rival in ("transformers", "nystrom-attention") for length in (4096, 8192)
 )
 SECTIONS = {
     "nystrom-core": Section(
-        "Nyström encoder attention without projections, forward: 8 heads x 64, 64 landmarks, float32",
+        "Nyström encoder attention without projections, forward: 8 heads x 64, 64 landmarks",
         by_length(attention_cores),
         LENGTHS,
-        (*CORE_TARGETS, Growth("ours", "peak_bytes", 1.1)),
+        (*CORE_TARGETS, *growing(1.1, "ours")),
     ),
     "nystrom-core-training": Section(
-        "Nyström encoder attention without projections, forward + backward: 8 heads x 64, 64 landmarks, float32",
+        "Nyström encoder attention without projections, forward + backward: 8 heads x 64, 64 landmarks",
         by_length(partial(attention_cores, backward=True)),
         LENGTHS,
-        (*CORE_TARGETS, Growth("ours", "peak_bytes", 1.1)),
+        (*CORE_TARGETS, *growing(1.1, "ours")),
     ),
     "nystrom-layer": Section(
-        "One encoder layer, forward: width 512, 8 heads, 64 landmarks, float32",
+        "One encoder layer, forward: width 512, 8 heads, 64 landmarks",
         by_length(encoder_layers),
         LENGTHS,
-        (Faster("ours", "transformers", 8192, 1.5), Faster("ours", "BERT (SDPA)", 8192, 3.0)),
+        (
+            Faster("ours", "transformers", 8192, 1.5),
+            Faster("ours", "BERT (SDPA)", 8192, 3.0),
+            *growing(1.1, "ours"),
+        ),
     ),
 }

@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModel
 
 from kermit_hf import KermitConfig, KermitModel
 from kermit_hf.feature_maps import FEATURE_MAPS, FeatureMap, register_feature_map
@@ -212,6 +213,19 @@ def test_redraw_changes_the_features_of_every_favor_layer_and_nothing_else():
     model.redraw_features()
     changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
     assert changed == {f"layers.{index}.self_attn.feature_map.directions" for index in range(2)}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_models_can_be_made_in_half_precision(name):
+    """FAVOR+'s directions come from a QR decomposition, which torch does not have in half precision."""
+    rule = "additive" if FEATURE_MAPS[name].is_positive else "delta"
+    config = _config(feature_map=name, update_rule=rule)
+    half = AutoModel.from_config(config, dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
+    if name == "favor":
+        full = AutoModel.from_config(config)
+        directions = [model.layers[0].self_attn.feature_map.directions for model in (full, half)]
+        assert torch.equal(directions[0].to(torch.bfloat16), directions[1])
 
 
 # What the rules rely on.

@@ -1,0 +1,298 @@
+"""The measuring itself: what is skipped and why, ratios, memory, growth, targets, and a whole run of the entry point."""
+
+import json
+import subprocess
+import sys
+from functools import partial
+
+import pytest
+import torch
+
+from . import __main__ as entry
+from . import decoding, kermit, measure, models, nystrom_decoder, nystrom_encoder, peers, report, targets
+from .decoding import Decoder, Place, compare_decoding
+from .measure import Contender, Limits, Result, Section, Skipped, by_length, compare
+from .roofline import Roofline, measure_roofline
+
+
+PATIENT = Limits(seconds=1000.0)
+
+
+def result(contender: str, length: int, *rounds: float, peak_bytes: int | None = None) -> Result:
+    return Result(contender, length, list(rounds), peak_bytes)
+
+
+def out_of_memory():
+    torch.empty(2**60)
+
+
+def test_every_contender_runs_in_every_round_and_the_order_is_kept():
+    calls = []
+    contenders = {name: Contender(lambda name=name: calls.append(name), 7, 8) for name in "ab"}
+    first, second = compare(contenders, 5, PATIENT, max_rounds=4)
+    assert (first.contender, second.contender, first.length) == ("a", "b", 5)
+    assert len(first.rounds) == len(second.rounds) == 4
+    assert (first.multiplications, first.bytes) == (7, 8)
+    # One run to warm up; then two in each round, of which the second counts.
+    assert calls == ["a", "b"] + ["a", "a", "b", "b"] * 4
+
+
+def test_memory_that_cannot_be_had_is_a_line_not_an_error():
+    contenders = {"a": Contender(lambda: None), "b": Contender(out_of_memory)}
+    batch = compare(contenders, 5, PATIENT, max_rounds=3)
+    assert batch[1] == Skipped("b", 5, "out of memory")
+    assert isinstance(batch[0], Result)
+
+
+def test_other_errors_are_not_taken_for_want_of_memory():
+    with pytest.raises(RuntimeError, match="shapes"):
+        compare({"a": Contender(lambda: torch.ones(2, 3) @ torch.ones(2, 3))}, 5, PATIENT)
+
+
+def test_what_would_take_too_long_or_too_much_is_not_run():
+    def never():
+        raise AssertionError("was run")
+
+    earlier = [result("slow", 10, 1.0), result("slow", 20, 4.0)]
+    earlier += [result("large", 10, 0.1, peak_bytes=100), result("large", 20, 0.1, peak_bytes=200)]
+    limits = Limits(seconds=60.0, bytes=399)
+    batch = compare({"slow": Contender(never), "large": Contender(never)}, 40, limits, earlier)
+    assert batch[0].reason == "would take 64 s, 60 are allowed"
+    assert batch[1].reason.startswith("would need")
+    # What is skipped once stays skipped.
+    batch = compare({"slow": Contender(never)}, 80, limits, batch)
+    assert batch == [Skipped("slow", 80, "as at 40")]
+
+
+def test_a_first_run_that_is_too_slow_is_the_last(monkeypatch):
+    monkeypatch.setattr(measure, "first_run", lambda run: (20.0, None))
+    assert compare({"a": Contender(None)}, 5, Limits(60.0)) == [Skipped("a", 5, "would take 80 s, 60 are allowed")]
+
+
+@pytest.mark.parametrize(
+    ("points", "value"),
+    [([], None), ([(10, 2.0)], 8.0), ([(10, 2.0), (20, 8.0)], 32.0), ([(10, 2.0), (20, 2.0)], 4.0)],
+    ids=["nothing known", "one point: linear", "quadratic", "at least linear"],
+)
+def test_expected_goes_on_growing_as_before(points, value):
+    length = 2 * points[-1][0] if len(points) > 1 else 40
+    assert measure.expected([result("a", n, t) for n, t in points], length, "seconds") == (
+        None if value is None else pytest.approx(value)
+    )
+
+
+def test_lengths_go_from_short_to_long_and_remember():
+    def contenders(length: int) -> dict[str, Contender]:
+        return {"a": Contender(out_of_memory if length == 20 else lambda: None)}
+
+    batches = list(by_length(contenders)((30, 10, 20), PATIENT))
+    assert [type(batch[0]) for batch in batches] == [Result, Skipped, Skipped]
+    assert batches[2][0].reason == "as at 20"
+
+
+def test_ratio_is_the_median_of_neighbouring_runs_with_quartiles():
+    base, own = result("base", 5, 2.0, 4.0, 6.0, 8.0, 10.0), result("own", 5, 1.0, 1.0, 1.0, 1.0, 1.0)
+    assert measure.ratio(base, own) == (6.0, 4.0, 8.0)
+    assert measure.ratio(base, base) == (1.0, 1.0, 1.0)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_peak_memory_is_that_of_what_the_run_held_at_once():
+    def run():
+        torch.ones(16 * 2**20)  # 64 MiB, freed before the next
+        torch.ones(8 * 2**20)
+
+    peak = measure.first_run(run)[1]
+    if peak is None:
+        pytest.skip("this kernel does not reset the high-water mark")
+    assert 60 * 2**20 <= peak <= 90 * 2**20
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_free_memory_is_a_limit_that_turns_into_a_skipped_line():
+    """In a process of its own: the limit stays. 256 MiB stand for what is free."""
+    code = """
+import torch
+from tests.benchmarks import measure
+measure.free_memory = lambda: 2**28
+measure.keep_to_free_memory()
+contenders = {"fits": measure.Contender(lambda: torch.ones(2**22)), "not": measure.Contender(lambda: torch.ones(2**27))}
+print([type(r).__name__ for r in measure.compare(contenders, 1, measure.Limits(bytes=2**40), max_rounds=3)])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "['Result', 'Skipped']", done.stderr
+
+
+def test_roofline_of_this_machine():
+    roofline = measure_roofline(repeats=2, matrix_size=64, copied_bytes=2**20)
+    assert roofline.multiplications > 1e6
+    assert roofline.bytes > 1e6
+
+
+@pytest.mark.parametrize("exponent", [1.0, 1.5])
+def test_growth_is_fitted_from_4096_tokens_on(exponent):
+    results = [result("a", n, 3e-9 * n**exponent, peak_bytes=5 * n) for n in (4096, 8192, 16384)]
+    short = [result("a", 512, 1.0, peak_bytes=10**9)]
+    assert targets.growth_exponent(results + short, "a") == pytest.approx(exponent)
+    time, memory = targets.growing(1.1, "a")
+    assert time.check(results + short)[1] == (exponent <= 1.1)
+    assert memory.check(results + short) == ("length^1.00", True)
+
+
+def test_growth_is_not_fitted_over_too_short_a_span_or_without_figures():
+    results = [result("a", n, 1e-3 * n) for n in (2048, 4096, 8192)]
+    assert targets.growth_exponent(results, "a") is None
+    assert targets.Growth("a", "peak_bytes", 1.1).check([*results, result("a", 16384, 16.0)]) is None
+
+
+def test_faster_and_flat_say_what_was_measured():
+    results = [result("a", 10, 1.0), result("b", 10, 3.0), result("a", 20, 1.2)]
+    assert targets.Faster("a", "b", 10, 2.0).check(results) == ("3.0x", True)
+    assert targets.Faster("a", "b", 10, 4.0).check(results)[1] is False
+    assert targets.Faster("a", "b", 20, 2.0).check(results) is None
+    assert targets.Flat("a", 1.1).check(results) == ("1.20, 20 over 10", False)
+
+
+def test_a_missed_target_fails_the_run_and_one_without_figures_does_not(capsys):
+    results = [result("a", 10, 1.0), result("b", 10, 3.0)]
+    held, missed, unmeasured = (targets.Faster("a", "b", n, r) for n, r in ((10, 2.0), (10, 4.0), (20, 2.0)))
+    assert report.check(Section("", None, (), (held, unmeasured)), results)
+    assert not report.check(Section("", None, (), (held, missed)), results)
+    lines = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert lines == ["holds", "-", "holds", "MISSED"]
+
+
+def test_share_of_peak_and_ratio_are_printed_and_kept(capsys):
+    base = Result("base", 10, [4.0, 4.0], 2**20, multiplications=100, bytes=8)
+    own = Result("own", 10, [2.0, 2.0], 2**21, multiplications=50, bytes=8)
+    batch = [base, own, Skipped("peer", 10, "out of memory")]
+    roofline = Roofline(multiplications=50.0, bytes=1.0)
+    report.print_batch(batch, roofline, "tokens")
+    lines = capsys.readouterr().out.splitlines()
+    assert "2.00x (2.00 to 2.00) base" in lines[1]
+    assert "50% of peak" in lines[1]
+    assert lines[2].endswith("skipped: out of memory")
+    timed, skipped = report.as_json(batch, roofline)
+    assert timed[1]["ratio"] == {"to": "base", "median": 2.0, "quartiles": [2.0, 2.0]}
+    assert timed[1]["share_of_peak"] == 0.5
+    assert skipped == [{"contender": "peer", "length": 10, "reason": "out of memory"}]
+
+
+def test_without_its_base_a_batch_has_no_ratios(capsys):
+    report.print_batch([Skipped("base", 10, "out of memory"), result("own", 10, 1.0)], Roofline(1.0, 1.0), "tokens")
+    assert " x" not in capsys.readouterr().out.splitlines()[1]
+
+
+def test_decoding_time_is_per_token_and_in_the_order_of_decoders():
+    class Cache:
+        tokens = 0
+
+    def model(tokens, past_key_values, use_cache, position_ids):
+        assert tokens.shape == position_ids.shape == (2, 1)
+        past_key_values.tokens += 1
+
+    def fill(cache, place):
+        cache.filled = place
+
+    def fail(cache, place):
+        out_of_memory()
+
+    decoders = {"a": Decoder(model, Cache, fail), "b": Decoder(model, Cache, fill, tokens=3)}
+    (batch,) = compare_decoding(decoders, {7: Place(context=5, batch=2)}, PATIENT)
+    assert batch[0] == Skipped("a", 7, "out of memory")
+    assert (batch[1].contender, batch[1].length, batch[1].peak_bytes) == ("b", 7, None)
+    assert 0 < batch[1].seconds < 1
+
+
+def run_entry(tmp_path, *arguments: str) -> dict:
+    """results.json of a run; restores what the entry point sets for the whole process."""
+    threads = torch.get_num_threads()
+    try:
+        entry.main([*arguments, "--output", str(tmp_path), "--threads", "1"])
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_default_dtype(torch.float32)
+    return json.loads((tmp_path / "results.json").read_text())
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Without the roofline's large matrices, and without a limit on the memory of the process that runs the tests."""
+    monkeypatch.setattr(entry, "measure_roofline", lambda: Roofline(1e9, 1e9))
+    monkeypatch.setattr(entry, "keep_to_free_memory", lambda: None)
+    peers.missing_peers.cache_clear()
+    yield
+    peers.missing_peers.cache_clear()
+
+
+def test_missing_peers_are_named_and_left_out(tmp_path, monkeypatch, capsys, quick):
+    for module in peers.PACKAGES.values():
+        monkeypatch.setitem(sys.modules, module, None)
+    assert not any(peers.has(package) for package in peers.PACKAGES)
+    report = run_entry(tmp_path, "--only", "nystrom-core", "--lengths", "64")
+    lines = capsys.readouterr().out.splitlines()
+    for package in peers.PACKAGES:
+        assert sum(line.startswith(f"{package} is left out: ") for line in lines) == 1
+    section = report["nystrom-core"]
+    assert set(section["missing_peers"]) == set(peers.PACKAGES)
+    assert {entry["contender"] for entry in section["results"]} == {"softmax (SDPA)", "ours", "transformers"}
+
+
+def test_a_section_is_printed_kept_and_drawn(tmp_path, quick, capsys):
+    arguments = ("--only", "nystrom-prefill", "--lengths", "64", "128", "--longest", "64", "--dtype", "bfloat16")
+    section = run_entry(tmp_path, *arguments)["nystrom-prefill"]
+    assert section["skipped"] == []
+    assert [entry["length"] for entry in section["results"]] == [64, 64, 64]
+    assert all(entry["seconds"] > 0 and entry["share_of_peak"] > 0 for entry in section["results"])
+    assert section["results"][0]["ratio"]["median"] == 1.0
+    assert "of peak" in capsys.readouterr().out
+    assert (tmp_path / "nystrom-prefill.png").stat().st_size > 0
+
+
+CONTENDERS = {
+    "kermit": partial(kermit.attention_contenders, backward=True),
+    "encoder": partial(nystrom_encoder.attention_cores, backward=True),
+    "encoder layers": nystrom_encoder.encoder_layers,
+    "decoder layers": models.layers,
+    "training steps": models.training_steps,
+}
+
+
+@pytest.mark.parametrize("contenders", CONTENDERS.values(), ids=CONTENDERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_every_contender_runs(contenders, dtype):
+    torch.set_default_dtype(dtype)
+    try:
+        for contender in contenders(64).values():
+            contender.run()
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("time", [models.time_batches, nystrom_decoder.time_decoding], ids=["batches", "nystrom"])
+def test_decoding_runs(time, monkeypatch):
+    """One layer instead of eight, contexts of a few tokens, one round."""
+    monkeypatch.setattr(decoding, "compare", lambda *arguments, **_: compare(*arguments, max_rounds=1))
+    for module in (models, nystrom_decoder):
+        monkeypatch.setattr(module, "body", partial(models.body, layers=1, vocabulary=64))
+    monkeypatch.setattr(models, "BATCH_CONTEXT", 70)
+    batches = list(time((2, 3), PATIENT))
+    assert [[result.length for result in batch] for batch in batches] == [[2] * 3, [3] * 3]
+    assert all(isinstance(result, Result) for batch in batches for result in batch)
+
+
+@pytest.mark.parametrize("length", ["0", "100"])
+def test_lengths_that_do_not_fit_the_landmarks_are_refused(length, capsys):
+    with pytest.raises(SystemExit):
+        entry.main(["--lengths", length])
+    assert (
+        capsys.readouterr().err.splitlines()[-1].endswith("multiples of 64, as transformers' Nyströmformer wants them")
+    )
+
+
+def test_lengths_are_for_tokens_and_batches_for_texts():
+    tokens, texts = (Section("", None, (8, 16, 32), axis=axis) for axis in ("tokens", "texts"))
+    assert entry.chosen_lengths(tokens, None, 20, [1]) == (8, 16)
+    assert entry.chosen_lengths(tokens, [4, 2], None, [1]) == (2, 4)
+    assert entry.chosen_lengths(texts, [4, 2], 20, None) == (8, 16, 32)
+    assert entry.chosen_lengths(texts, None, None, [2, 1]) == (1, 2)
