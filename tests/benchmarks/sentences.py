@@ -27,9 +27,8 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer, BertModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from conversion_scripts.convert_bert_to_nystromformer import convert
+from conversion_scripts.machine import machine
 from nystromformer_hf import NystromformerHFConfig, NystromformerHFModel
-
-from .measure import machine
 
 
 # Tokens read at each length, and so the number of passages, at most `MOST_PASSAGES`.
