@@ -35,7 +35,7 @@ from conversion_scripts.checkpoint_files import (
     keep_files,
     push_folder,
 )
-from conversion_scripts.convert_llama import is_own
+from conversion_scripts.convert_llama import attention_settings, is_own
 from conversion_scripts.machine import machine
 from conversion_scripts.texts import SOURCES, load_documents, long_documents, token_blocks
 
@@ -251,9 +251,8 @@ def distill(args: argparse.Namespace, say: Callable[[str], None] = print) -> Fac
     model = build_variant(student, args.variant)
     if args.far_bias is not None and args.variant == "student":
         set_far_bias(model, args.far_bias)
-    facts = read_facts(folder)
-    if args.variant == "softmax":
-        facts.settings["layer_types"] = model.config.layer_types
+    settings = {name: getattr(model.config, name) for name in attention_settings(type(model.config))}
+    facts = dataclasses.replace(read_facts(folder), settings=settings)
     main_process = True
     for stage, steps, weights in (("transfer", args.transfer_steps, "own"), ("training", args.steps, args.weights)):
         if not steps or (stage == "transfer" and args.variant != "student"):

@@ -223,10 +223,15 @@ class TestTraining:
 
 
 class TestVariants:
-    def test_softmax_is_the_teacher(self, student, teacher, text):
+    @pytest.mark.parametrize("facts", ["measurements.json", None])
+    def test_softmax_is_the_teacher(self, facts, student, teacher, text):
+        if facts is None:
+            (student / "measurements.json").unlink()
         healed = run(student, teacher, text, "--variant", "softmax", "--steps", "0")
         with torch.no_grad():
             torch.testing.assert_close(load(healed)(IDS).logits, load(teacher)(IDS).logits, rtol=0, atol=1e-4)
+        assert read_facts(healed).settings["layer_types"] == ["full_attention"] * 2
+        assert "full_attention*2" in (healed / "README.md").read_text()
 
     def test_near_field_has_no_memory_and_trains_nothing_of_it(self, student, teacher, text):
         healed = run(student, teacher, text, "--variant", "near-field", "--weights", "all", "--far-bias", "0")
