@@ -107,7 +107,7 @@ def test_convolution_starts_as_nothing(source, output):
     model = save_checkpoint(source, "bert", "masked-lm")
     said = []
     convert(str(source), output, {"conv_kernel_size": 9}, say=said.append)
-    assert "2 new ones of zeros" in said[0]
+    assert any("2 new ones of zeros" in line for line in said)
     weights = load_file(output / "model.safetensors")
     kernels = [tensor for name, tensor in weights.items() if name.endswith("conv.weight")]
     assert [tuple(tensor.shape) for tensor in kernels] == [(4, 1, 9, 1)] * 2
