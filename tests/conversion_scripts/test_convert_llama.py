@@ -241,8 +241,8 @@ class TestCard:
     def test_what_the_user_says_of_it(self, source, output):
         save_checkpoint(source)
         said = []
-        names = {"license": "gemma", "base_model": "someone/original", "model_id": "me/ours"}
-        convert(str(source), output, "kermit", verify=None, say=said.append, **names)
+        card = CardOptions(license="gemma", base_model="someone/original", model_id="me/ours")
+        convert(str(source), output, "kermit", verify=None, say=said.append, card=card)
         card = check_card(output)
         assert (card.data.license, card.data.base_model) == ("gemma", "someone/original")
         assert card.text.startswith("\n# me/ours\n")
