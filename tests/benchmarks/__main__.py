@@ -3,7 +3,7 @@
 python -m tests.benchmarks                                       # everything, an hour or two on two cores
 python -m tests.benchmarks --longest 8192                        # everything up to 8,192 tokens
 python -m tests.benchmarks --only kermit-forward kermit-decoding
-python -m tests.benchmarks --lengths 512 4096 --output /tmp/bench
+python -m tests.benchmarks --lengths 512 4096 --output bench
 
 "% of peak" is the rate of the multiplications that an algorithm needs, over the rate of a large matrix product measured
 in the same run. Contenders that do not fit in memory or in --budget are skipped, and so are peers that are not installed;
