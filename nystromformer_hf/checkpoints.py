@@ -31,9 +31,10 @@ def load_whole(
         return model, info
     missing = missing_keys(model, info, own_weights)
     if missing and source is not None:
+        unused = sorted(info["unexpected_keys"])
         raise ValueError(
-            f"{source} is not a whole checkpoint of {type(model).__name__} with this config: it lacks {listed(missing)}; "
-            f"unused here are its {listed(sorted(info['unexpected_keys']))}"
+            f"{source} is not a whole checkpoint of {type(model).__name__} with this config: it lacks {listed(missing)}"
+            + (f"; unused here are its {listed(unused)}" if unused else "")
         )
     return model
 
