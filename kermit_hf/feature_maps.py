@@ -81,12 +81,12 @@ class FeatureMap(nn.Module):
     def map_queries(self, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`forward_queries`, or its direction alone where `unit_norm` is set."""
         features, log_scale = self.forward_queries(query)
-        return (F.normalize(features, dim=-1), None) if self.unit_norm else (features, log_scale)
+        return (_Normalize.apply(features), None) if self.unit_norm else (features, log_scale)
 
     def map_keys(self, key: torch.Tensor) -> torch.Tensor:
         """`forward_keys`, or its direction alone where `unit_norm` is set."""
         features = self.forward_keys(key)
-        return F.normalize(features, dim=-1) if self.unit_norm else features
+        return _Normalize.apply(features) if self.unit_norm else features
 
 
 class ElementwiseFeatureMap(FeatureMap):
@@ -107,7 +107,7 @@ class EluFeatureMap(ElementwiseFeatureMap):
     """elu(x) + 1 (Katharopoulos et al. 2020, arXiv 2006.16236, eq. 7)."""
 
     def features(self, tensor):
-        return F.elu(tensor).add_(1)
+        return _EluPlusOne.apply(tensor)
 
 
 @register_feature_map("relu")
@@ -289,6 +289,43 @@ class HedgehogFeatureMap(FeatureMap):
         tensor = _upcast(tensor)
         projected = tensor @ projection.to(tensor.dtype)
         return torch.cat([projected.softmax(-1), (-projected).softmax(-1)], -1)
+
+
+class _EluPlusOne(torch.autograd.Function):
+    """exp(min(x, 0)) + max(x, 0): half the time of `elu`, and its derivative is min(result, 1). Below -40 it is constant, for
+    products of smaller features would be denormal numbers."""
+
+    @staticmethod
+    def forward(tensor):
+        return tensor.clamp(-40.0, 0.0).exp_().add_(tensor.clamp(min=0.0))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(output)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * ctx.saved_tensors[0].clamp(max=1.0)
+
+
+class _Normalize(torch.autograd.Function):
+    """x / max(|x|, 1e-12) over the last axis. Its gradient, taken from the result, passes over memory half as often as
+    autograd's."""
+
+    @staticmethod
+    def forward(tensor):
+        return tensor / tensor.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(inputs[0], output)
+
+    @staticmethod
+    def backward(ctx, grad):
+        tensor, unit = ctx.saved_tensors
+        norm = tensor.norm(dim=-1, keepdim=True)
+        along = (grad * unit).sum(-1, keepdim=True) * (norm > 1e-12)
+        return (grad - along * unit) / norm.clamp(min=1e-12)
 
 
 def _upcast(tensor: torch.Tensor) -> torch.Tensor:

@@ -223,42 +223,113 @@ def delta_chunked(
     key, value = _chunk(key, chunk_size), _chunk(value, chunk_size)
     write_strength = _chunk(write_strength, chunk_size)[..., None]
 
-    weights = queries @ key.mT
-    written_key = key * write_strength
-    system = written_key @ key.mT
-    if log_forget is None:
-        weights = _mask_future(weights, chunk_size)
-        from_memory, decayed_key, decay_all = queries, key, None
-        recalled_key = written_key
-    else:
-        decay, decay_in, decay_out, decay_all = _decays(_chunk(log_forget, chunk_size), key)
-        weights = _repeat_rows(decay, weights.shape[-2]) * weights
-        from_memory = _repeat_rows(decay_in[..., None], queries.shape[-2]) * queries
-        decayed_key = key * decay_out[..., None]
-        recalled_key = written_key * decay_in[..., None]
-
-    identity = torch.eye(chunk_size, dtype=key.dtype, device=key.device)
-    # `unitriangular` reads the strict lower triangle only: neither the diagonal nor the future need masking.
-    inverse = torch.linalg.solve_triangular(system, identity.expand_as(system), upper=False, unitriangular=True)
-    if log_forget is not None:
-        # The inverse of the decayed system is the decayed inverse; solved with the decays it would be full of denormals.
-        inverse = inverse * decay
-    corrections = inverse @ (value * write_strength)
-    recalled = inverse @ recalled_key
-
-    matrix, matrices, written = memory.matrix, [], []
-    steps = zip(corrections.unbind(2), recalled.unbind(2), decayed_key.mT.unbind(2), strict=True)
-    decays = decay_all[..., None, None].unbind(2) if decay_all is not None else None
-    # Lists and one `stack`, not slices of a preallocated tensor: the backward of a slice is as large as the whole tensor.
-    for index, (correction, recall, chunk_key) in enumerate(steps):
-        matrices.append(matrix)
-        written.append(correction - recall @ matrix)
-        carried = matrix if decays is None else matrix * decays[index]
-        matrix = carried + chunk_key @ written[-1]
-    matrices, written = torch.stack(matrices, 2), torch.stack(written, 2)
-
-    numerator = _sum_of_products(weights, written, from_memory, matrices)
+    log_forget = None if log_forget is None else _chunk(log_forget, chunk_size)
+    numerator, matrix = _DeltaChunks.apply(queries, key, value, write_strength, log_forget, memory.matrix)
     return KernelReadout(_unchunk_queries(numerator, chunk_size, length), None, KernelMemory(matrix))
+
+
+class _DeltaChunks(torch.autograd.Function):
+    """The delta rule in chunks, with its backward pass written out, as in `_AdditiveChunks`. First derivatives only.
+
+    Takes queries (batch, kv_heads, chunks, groups * chunk_size, feature_dim), key (..., chunk_size, feature_dim), value
+    (..., chunk_size, head_dim), write strength (..., chunk_size, 1), log_forget (..., chunk_size) or None and the initial
+    memory. Returns the numerator and the last memory.
+    """
+
+    @staticmethod
+    def forward(ctx, queries, key, value, write_strength, log_forget, matrix):
+        decays = (None,) * 4 if log_forget is None else _decays(log_forget, key)
+        decay, decay_in, decay_out, decay_all = decays
+        weights = _decay_weights(queries @ key.mT, decay)
+        written_key = key * write_strength
+        # `unitriangular` reads the strict lower triangle only: neither the diagonal nor the future need masking.
+        identity = torch.eye(key.shape[-2], dtype=key.dtype, device=key.device)
+        system = written_key @ key.mT
+        inverse = torch.linalg.solve_triangular(system, identity.expand_as(system), upper=False, unitriangular=True)
+        # The inverse of the decayed system is the decayed inverse; solved with the decays it would be full of denormals.
+        decayed_inverse = inverse if decay is None else inverse * decay
+        written = decayed_inverse @ (value * write_strength)
+        recalled = decayed_inverse @ _decay_rows(written_key, decay_in)
+        decayed_key = _decay_rows(key, decay_out)
+
+        matrices = key.new_empty(*key.shape[:3], key.shape[-1], value.shape[-1])
+        for index, chunk_written in enumerate(written.unbind(2)):
+            matrices[:, :, index] = matrix
+            chunk_written -= recalled[:, :, index] @ matrix
+            carried = matrix if decay_all is None else matrix * decay_all[:, :, index, None, None]
+            matrix = carried + decayed_key[:, :, index].mT @ chunk_written
+        ctx.save_for_backward(
+            queries,
+            key,
+            value,
+            write_strength,
+            log_forget,
+            *decays,
+            weights,
+            inverse,
+            recalled,
+            written,
+            matrices,
+            matrix,
+        )
+        return _sum_of_products(weights, written, _decay_rows(queries, decay_in), matrices), matrix
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_numerator, grad_matrix):
+        saved = ctx.saved_tensors
+        queries, key, value, write_strength, log_forget, decay, decay_in, decay_out, decay_all = saved[:9]
+        weights, inverse, recalled, written, matrices, last_matrix = saved[9:]
+
+        # What later chunks read, from the last chunk on: the gradient of the memory after each chunk.
+        grad_written = weights.mT @ grad_numerator
+        read = _decay_rows(queries, decay_in).mT @ grad_numerator
+        decayed_key = _decay_rows(key, decay_out)
+        grad_after = torch.empty_like(matrices)
+        for index in reversed(range(matrices.shape[2])):
+            grad_after[:, :, index] = grad_matrix
+            grad_written[:, :, index] += decayed_key[:, :, index] @ grad_matrix
+            carried = grad_matrix if decay_all is None else grad_matrix * decay_all[:, :, index, None, None]
+            grad_matrix = carried + read[:, :, index] - recalled[:, :, index].mT @ grad_written[:, :, index]
+
+        # Through the weights and what is read of the memory.
+        grad_scores = _decay_weights(grad_numerator @ written.mT, decay)
+        grad_queries = _decay_rows(grad_numerator @ matrices.mT, decay_in)
+        grad_queries.flatten(0, 2).baddbmm_(grad_scores.flatten(0, 2), key.flatten(0, 2))
+        grad_key = _decay_rows(written @ grad_after.mT, decay_out)
+        grad_key.flatten(0, 2).baddbmm_(grad_scores.mT.flatten(0, 2), queries.flatten(0, 2))
+
+        # Through the corrections: written = inverse (value - what the memory predicts), both times the write strength.
+        written_value, written_key = value * write_strength, key * write_strength
+        recalled_key = _decay_rows(written_key, decay_in)
+        decayed_inverse = inverse if decay is None else inverse * decay
+        grad_recalled = (grad_written @ matrices.mT).neg_()
+        grad_written_value = decayed_inverse.mT @ grad_written
+        grad_inverse = _sum_of_products(grad_written, written_value.mT, grad_recalled, recalled_key.mT)
+        if decay is not None:
+            grad_inverse *= decay
+        grad_system = -(inverse.mT @ grad_inverse @ inverse.mT).tril(-1)
+        grad_written_key = _decay_rows(decayed_inverse.mT @ grad_recalled, decay_in)
+        grad_written_key.flatten(0, 2).baddbmm_(grad_system.flatten(0, 2), key.flatten(0, 2))
+        grad_strength = (grad_written_key * key).sum(-1, keepdim=True)
+        grad_strength += (grad_written_value * value).sum(-1, keepdim=True)
+
+        grad_log_forget = None
+        if log_forget is not None:
+            # Every gate between two tokens scales what the later one reads of the earlier. So the gradient of the sum of
+            # log gates up to a token is what it reads minus what is read of it (Yang et al. 2023, arXiv 2312.06635,
+            # appendix C), and gets no derivative of a decay.
+            sums = (grad_queries * queries).sum(-1).unflatten(-1, (-1, key.shape[-2])).sum(-2)
+            sums += (grad_written * written - grad_written_value * written_value).sum(-1)
+            sums -= (grad_key * key).sum(-1)
+            after = torch.cat([matrices[:, :, 1:], last_matrix[:, :, None]], 2)
+            sums[..., -1] += (after * grad_after).sum((-2, -1))
+            grad_log_forget = sums.flip(-1).cumsum(-1).flip(-1).masked_fill(log_forget < 2 * MIN_LOG_DECAY, 0.0)
+
+        grad_key.flatten(0, 2).baddbmm_(grad_system.mT.flatten(0, 2), written_key.flatten(0, 2))
+        grad_key.addcmul_(grad_written_key, write_strength)
+        grad_value = grad_written_value.mul_(write_strength)
+        return grad_queries, grad_key, grad_value, grad_strength, grad_log_forget, grad_matrix
 
 
 # Step: the recurrence, one token.
@@ -387,6 +458,21 @@ def _running_sums(
     for index in range(len(terms) - 1):
         torch.add(sums[index], terms[index], out=sums[index + 1])
     return before, sums[-1] + terms[-1]
+
+
+def _decay_weights(weights: torch.Tensor, decay: torch.Tensor | None) -> torch.Tensor:
+    """Weights (..., groups * chunk_size, chunk_size), which are written to, without the future and times `decay`, if any."""
+    if decay is None:
+        return _mask_future(weights, weights.shape[-1])
+    weights.unflatten(-2, (-1, weights.shape[-1])).mul_(decay[..., None, :, :])
+    return weights
+
+
+def _decay_rows(tensor: torch.Tensor, decay: torch.Tensor | None) -> torch.Tensor:
+    """(..., groups * chunk_size, dim) times decay (..., chunk_size), if any."""
+    if decay is None:
+        return tensor
+    return (tensor.unflatten(-2, (-1, decay.shape[-1])) * decay[..., None, :, None]).flatten(-3, -2)
 
 
 def _mask_future(weights: torch.Tensor, chunk_size: int) -> torch.Tensor:

@@ -257,6 +257,33 @@ def test_unit_norm_makes_queries_and_keys_unit_vectors(name, size):
         assert_close(tensor.norm(dim=-1), torch.ones(tensor.shape[:-1]), 1e-5)
 
 
+def _gradients(function, tensor: torch.Tensor, direction: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    leaf = tensor.clone().requires_grad_()
+    output = function(leaf)
+    return output.detach(), torch.autograd.grad(output, leaf, direction)[0]
+
+
+def test_elu_has_the_gradient_of_its_formula():
+    tensor = torch.cat([heads(length=5), 0 * heads(length=1), 30 * heads(length=5)], 2)
+    direction = torch.randn_like(tensor)
+    ours = _gradients(make("elu").features, tensor, direction)
+    theirs = _gradients(lambda leaf: torch.nn.functional.elu(leaf) + 1, tensor, direction)
+    for our, their in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(our, their, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-14, 1.0, 1e3])
+def test_unit_norm_has_the_gradient_of_normalize(size):
+    tensor, direction = size * heads(), torch.randn(2, HEADS, 11, 8, dtype=torch.float64)
+    feature_map = make("silu_l2", unit_norm=True)
+    ours = _gradients(feature_map.map_keys, tensor, direction)
+    theirs = _gradients(
+        lambda leaf: torch.nn.functional.normalize(torch.nn.functional.silu(leaf), dim=-1), tensor, direction
+    )
+    for our, their in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(our, their, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_query_equal_to_a_key_recalls_it(name):
     """The delta rule returns what was written under a key to the query that equals it: phi is one map, not two."""
