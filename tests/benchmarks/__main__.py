@@ -5,8 +5,8 @@ python -m tests.benchmarks --longest 8192                        # everything up
 python -m tests.benchmarks --only kermit-forward kermit-decoding
 python -m tests.benchmarks --lengths 512 4096 --output bench
 
-"% of peak" is the rate of the multiplications that an algorithm needs, over the rate of a large matrix product measured
-in the same run. Contenders that do not fit in memory or in --budget are skipped, and so are peers that are not installed;
+"% of peak" is the rate of the multiplications that an algorithm needs, over the rate of a large matrix product, the best
+of those timed in between. Contenders that do not fit in memory or in --budget are skipped, and so are peers that are not installed;
 the output says so. On a machine with a CUDA device everything runs there.
 
 Three more have their own command: tests.benchmarks.learning (what KERMIT's settings learn), tests.benchmarks.approximation
@@ -68,24 +68,22 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{package} is left out: {reason}")
     kept = options.output / "results.json"
     report = json.loads(kept.read_text()) if kept.exists() else {}
-    holds = True
+    holds, roofline = True, measure_roofline()
     for name in options.only or SECTIONS:
         section = SECTIONS[name]
         lengths = chosen_lengths(section, options.lengths, options.longest, options.batches)
-        roofline = measure_roofline()
-        print(f"\n{name}: {section.title}\n  {roofline}")
-        entry = {"machine": where, "roofline": roofline._asdict(), "missing_peers": missing_peers()}
-        entry |= {"results": [], "skipped": []}
-        results: list[Result] = []
+        print(f"\n{name}: {section.title}")
+        batches = []
         for batch in section.time(lengths, Limits(options.budget)) if lengths else ():
+            roofline = measure_roofline().best(roofline)
             print_batch(batch, roofline, section.axis)
-            timed, skipped = as_json(batch, roofline)
-            entry["results"] += timed
-            entry["skipped"] += skipped
-            results += [result for result in batch if isinstance(result, Result)]
-        report[name] = entry | {"growth": dict(exponents(results))}
+            batches.append(batch)
+        print(f"  {roofline}")
+        results = [result for batch in batches for result in batch if isinstance(result, Result)]
+        report[name] = {"machine": where, "roofline": roofline._asdict(), "missing_peers": missing_peers()}
+        report[name] |= as_json(batches, roofline) | {"growth": dict(exponents(results))}
         kept.write_text(json.dumps(report, indent=2))
-        holds &= check(section, results)
+        holds &= check(section, results, roofline)
         plot(section, results, roofline, where, options.output / f"{name}.png")
     print(f"\nresults and plots are in {options.output}")
     return 0 if holds else 1

@@ -14,7 +14,7 @@ from . import peers, work
 from .decoding import Decoder, Place, compare_decoding, fill_at_random, fill_by_prompt
 from .measure import Contender, Limits, Result, Section, Skipped, by_length, generator
 from .models import HEAD_DIM, HEADS, LENGTHS, SINKS, WINDOW, body
-from .targets import Faster, Flat, growing
+from .targets import Faster, Flat, OfPeak, growing
 
 
 CONTEXTS = (256, 1024, 4096, 16384, 32768, 65536)
@@ -131,14 +131,23 @@ LINEAR = (
     "gated delta",
     "gated delta + window 128",
 )
+FROM_1024 = tuple(
+    Faster(name, "softmax (SDPA)", length, 1.0)
+    for name in ("additive", "gated delta")
+    for length in LENGTHS
+    if length >= 1024
+)
+AT_HALF_PEAK = tuple(OfPeak(name, (4096, 8192, 16384, 32768), 0.5) for name in ("additive", "gated delta"))
 SECTIONS = {
     "kermit-forward": Section(
         "KERMIT attention, forward: 8 heads x 64",
         by_length(partial(attention_contenders, backward=False)),
         LENGTHS,
         (
-            Faster("additive", "softmax (SDPA)", 16384, 15.0),
+            *FROM_1024,
+            Faster("additive", "softmax (SDPA)", 16384, 20.0),
             Faster("additive + window 128", "softmax (SDPA)", 16384, 8.0),
+            *AT_HALF_PEAK,
             *growing(1.1, *LINEAR),
         ),
     ),
@@ -147,10 +156,12 @@ SECTIONS = {
         by_length(partial(attention_contenders, backward=True)),
         LENGTHS,
         (
-            Faster("additive", "softmax (SDPA)", 16384, 15.0),
+            *FROM_1024,
+            Faster("additive", "softmax (SDPA)", 16384, 20.0),
             Faster("additive + window 128", "softmax (SDPA)", 16384, 8.0),
-            Faster("gated delta", "softmax (SDPA)", 16384, 5.0),
+            Faster("gated delta", "softmax (SDPA)", 16384, 8.0),
             Faster("gated delta", "transformers gated delta", 16384, 25.0),
+            *AT_HALF_PEAK,
             *growing(1.1, *LINEAR),
         ),
     ),

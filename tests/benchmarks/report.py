@@ -6,7 +6,7 @@ from pathlib import Path
 
 from .measure import Result, Section, Skipped, ratio
 from .roofline import Roofline
-from .targets import LABELS, exponents
+from .targets import LABELS, exponents, share_of_peak
 
 
 def print_batch(batch: Sequence[Result | Skipped], roofline: Roofline, axis: str) -> None:
@@ -29,27 +29,23 @@ def print_batch(batch: Sequence[Result | Skipped], roofline: Roofline, axis: str
         print(f"{start} {'  '.join(columns)}  ({len(result.rounds)} rounds)", flush=True)
 
 
-def share_of_peak(result: Result, roofline: Roofline) -> float:
-    return result.multiplications / result.seconds / roofline.multiplications
-
-
-def check(section: Section, results: Sequence[Result]) -> bool:
+def check(section: Section, results: Sequence[Result], roofline: Roofline) -> bool:
     """Prints how each contender grows and each target with the figure measured; False if one was measured and missed."""
     for name, fitted in exponents(results):
         grows = ", ".join(f"{LABELS[attribute]} ~ length^{exponent:.2f}" for attribute, exponent in fitted.items())
         print(f"  {name}: {grows}")
     holds = True
     for target in section.targets:
-        figure, met = target.check(results) or ("not measured", None)
+        figure, met = target.check(results, roofline) or ("not measured", None)
         print(f"  {({True: 'holds', False: 'MISSED', None: '-'})[met]:6}  {target}: {figure}")
         holds &= met is not False
     return holds
 
 
-def as_json(batch: Sequence[Result | Skipped], roofline: Roofline) -> tuple[list[dict], list[dict]]:
+def as_json(batches: Sequence[Sequence[Result | Skipped]], roofline: Roofline) -> dict[str, list[dict]]:
     """Results, with medians, ratios and shares of peak worked out, and what was skipped."""
-    base, results, skipped = batch[0], [], []
-    for result in batch:
+    results, skipped = [], []
+    for base, result in ((batch[0], result) for batch in batches for result in batch):
         if isinstance(result, Skipped):
             skipped.append(asdict(result))
             continue
@@ -60,7 +56,7 @@ def as_json(batch: Sequence[Result | Skipped], roofline: Roofline) -> tuple[list
         if result.multiplications:
             entry["share_of_peak"] = share_of_peak(result, roofline)
         results.append(entry)
-    return results, skipped
+    return {"results": results, "skipped": skipped}
 
 
 def plot(section: Section, results: Sequence[Result], roofline: Roofline, machine: str, path: Path) -> None:

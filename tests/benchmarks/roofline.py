@@ -18,6 +18,10 @@ class Roofline(NamedTuple):
     multiplications: float
     bytes: float
 
+    def best(self, other: "Roofline") -> "Roofline":
+        """The higher of both rates: other work on the machine only ever makes it look slower."""
+        return Roofline(*map(max, self, other))
+
     def __str__(self) -> str:
         return f"matrix products {self.multiplications / 1e9:,.1f} G multiplications/s, copies {self.bytes / 1e9:,.1f} GB/s"
 

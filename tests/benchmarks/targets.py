@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 
 from .measure import Result, ratio
+from .roofline import Roofline
 
 
 # Growth is fitted from this length on; over less than four times the length it is not fitted at all, noise would decide.
@@ -23,7 +24,7 @@ class Faster(NamedTuple):
     def __str__(self) -> str:
         return f"{self.contender} at least {self.ratio:g}x as fast as {self.rival} at {self.length:,}"
 
-    def check(self, results: Sequence[Result]) -> tuple[str, bool] | None:
+    def check(self, results: Sequence[Result], roofline: Roofline) -> tuple[str, bool] | None:
         """The figure measured and whether it holds; None where it was not measured. So do the other targets."""
         own, rival = (find(results, name, self.length) for name in (self.contender, self.rival))
         if own is None or rival is None:
@@ -41,12 +42,34 @@ class Flat(NamedTuple):
     def __str__(self) -> str:
         return f"{self.contender}: time at the greatest length at most {self.ratio:g} of that at the smallest"
 
-    def check(self, results: Sequence[Result]) -> tuple[str, bool] | None:
+    def check(self, results: Sequence[Result], roofline: Roofline) -> tuple[str, bool] | None:
         own = sorted((r.length, r.seconds) for r in results if r.contender == self.contender)
         if len(own) < 2:
             return None
         (shortest, before), (longest, after) = own[0], own[-1]
         return f"{after / before:.2f}, {longest:,} over {shortest:,}", after / before <= self.ratio
+
+
+class OfPeak(NamedTuple):
+    """`contender` does the multiplications it needs at a `share` of the machine's rate or more, at each of `lengths`."""
+
+    contender: str
+    lengths: tuple[int, ...]
+    share: float
+
+    def __str__(self) -> str:
+        return f"{self.contender}: at least {self.share:.0%} of peak at {self.lengths[0]:,} to {self.lengths[-1]:,}"
+
+    def check(self, results: Sequence[Result], roofline: Roofline) -> tuple[str, bool] | None:
+        own = [result for length in self.lengths if (result := find(results, self.contender, length))]
+        if not own:
+            return None
+        lowest = min(share_of_peak(result, roofline) for result in own)
+        return f"{lowest:.0%} at least", lowest >= self.share
+
+
+def share_of_peak(result: Result, roofline: Roofline) -> float:
+    return result.multiplications / result.seconds / roofline.multiplications
 
 
 class Growth(NamedTuple):
@@ -59,7 +82,7 @@ class Growth(NamedTuple):
     def __str__(self) -> str:
         return f"{self.contender}: {LABELS[self.attribute]} grows at most as length^{self.exponent:g}"
 
-    def check(self, results: Sequence[Result]) -> tuple[str, bool] | None:
+    def check(self, results: Sequence[Result], roofline: Roofline) -> tuple[str, bool] | None:
         exponent = growth_exponent(results, self.contender, self.attribute)
         return None if exponent is None else (f"length^{exponent:.2f}", exponent <= self.exponent)
 

@@ -16,6 +16,7 @@ from .roofline import Roofline, measure_roofline
 
 
 PATIENT = Limits(seconds=1000.0)
+ROOFLINE = Roofline(multiplications=50.0, bytes=1.0)
 
 
 def result(contender: str, length: int, *rounds: float, peak_bytes: int | None = None) -> Result:
@@ -129,35 +130,46 @@ def test_roofline_of_this_machine():
     assert roofline.bytes > 1e6
 
 
+def test_the_best_of_several_rooflines_has_the_best_of_both_rates():
+    assert Roofline(2.0, 5.0).best(Roofline(3.0, 4.0)) == Roofline(3.0, 5.0)
+
+
 @pytest.mark.parametrize("exponent", [1.0, 1.5])
 def test_growth_is_fitted_from_4096_tokens_on(exponent):
     results = [result("a", n, 3e-9 * n**exponent, peak_bytes=5 * n) for n in (4096, 8192, 16384)]
     short = [result("a", 512, 1.0, peak_bytes=10**9)]
     assert targets.growth_exponent(results + short, "a") == pytest.approx(exponent)
     time, memory = targets.growing(1.1, "a")
-    assert time.check(results + short)[1] == (exponent <= 1.1)
-    assert memory.check(results + short) == ("length^1.00", True)
+    assert time.check(results + short, ROOFLINE)[1] == (exponent <= 1.1)
+    assert memory.check(results + short, ROOFLINE) == ("length^1.00", True)
 
 
 def test_growth_is_not_fitted_over_too_short_a_span_or_without_figures():
     results = [result("a", n, 1e-3 * n) for n in (2048, 4096, 8192)]
     assert targets.growth_exponent(results, "a") is None
-    assert targets.Growth("a", "peak_bytes", 1.1).check([*results, result("a", 16384, 16.0)]) is None
+    assert targets.Growth("a", "peak_bytes", 1.1).check([*results, result("a", 16384, 16.0)], ROOFLINE) is None
 
 
 def test_faster_and_flat_say_what_was_measured():
     results = [result("a", 10, 1.0), result("b", 10, 3.0), result("a", 20, 1.2)]
-    assert targets.Faster("a", "b", 10, 2.0).check(results) == ("3.0x", True)
-    assert targets.Faster("a", "b", 10, 4.0).check(results)[1] is False
-    assert targets.Faster("a", "b", 20, 2.0).check(results) is None
-    assert targets.Flat("a", 1.1).check(results) == ("1.20, 20 over 10", False)
+    assert targets.Faster("a", "b", 10, 2.0).check(results, ROOFLINE) == ("3.0x", True)
+    assert targets.Faster("a", "b", 10, 4.0).check(results, ROOFLINE)[1] is False
+    assert targets.Faster("a", "b", 20, 2.0).check(results, ROOFLINE) is None
+    assert targets.Flat("a", 1.1).check(results, ROOFLINE) == ("1.20, 20 over 10", False)
+
+
+def test_share_of_peak_is_the_lowest_of_the_lengths_that_were_measured():
+    results = [Result("a", 10, [1.0], None, 40), Result("a", 20, [2.0], None, 60)]
+    assert targets.OfPeak("a", (10, 20, 40), 0.6).check(results, ROOFLINE) == ("60% at least", True)
+    assert targets.OfPeak("a", (10, 20, 40), 0.7).check(results, ROOFLINE) == ("60% at least", False)
+    assert targets.OfPeak("a", (40,), 0.5).check(results, ROOFLINE) is None
 
 
 def test_a_missed_target_fails_the_run_and_one_without_figures_does_not(capsys):
     results = [result("a", 10, 1.0), result("b", 10, 3.0)]
     held, missed, unmeasured = (targets.Faster("a", "b", n, r) for n, r in ((10, 2.0), (10, 4.0), (20, 2.0)))
-    assert report.check(Section("", None, (), (held, unmeasured)), results)
-    assert not report.check(Section("", None, (), (held, missed)), results)
+    assert report.check(Section("", None, (), (held, unmeasured)), results, ROOFLINE)
+    assert not report.check(Section("", None, (), (held, missed)), results, ROOFLINE)
     lines = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
     assert lines == ["holds", "-", "holds", "MISSED"]
 
@@ -166,16 +178,15 @@ def test_share_of_peak_and_ratio_are_printed_and_kept(capsys):
     base = Result("base", 10, [4.0, 4.0], 2**20, multiplications=100, bytes=8)
     own = Result("own", 10, [2.0, 2.0], 2**21, multiplications=50, bytes=8)
     batch = [base, own, Skipped("peer", 10, "out of memory")]
-    roofline = Roofline(multiplications=50.0, bytes=1.0)
-    report.print_batch(batch, roofline, "tokens")
+    report.print_batch(batch, ROOFLINE, "tokens")
     lines = capsys.readouterr().out.splitlines()
     assert "2.00x (2.00 to 2.00) base" in lines[1]
     assert "50% of peak" in lines[1]
     assert lines[2].endswith("skipped: out of memory")
-    timed, skipped = report.as_json(batch, roofline)
-    assert timed[1]["ratio"] == {"to": "base", "median": 2.0, "quartiles": [2.0, 2.0]}
-    assert timed[1]["share_of_peak"] == 0.5
-    assert skipped == [{"contender": "peer", "length": 10, "reason": "out of memory"}]
+    kept = report.as_json([batch], ROOFLINE)
+    assert kept["results"][1]["ratio"] == {"to": "base", "median": 2.0, "quartiles": [2.0, 2.0]}
+    assert kept["results"][1]["share_of_peak"] == 0.5
+    assert kept["skipped"] == [{"contender": "peer", "length": 10, "reason": "out of memory"}]
 
 
 def test_without_its_base_a_batch_has_no_ratios(capsys):
@@ -236,6 +247,15 @@ def test_missing_peers_are_named_and_left_out(tmp_path, monkeypatch, capsys, qui
     section = report["nystrom-core"]
     assert set(section["missing_peers"]) == set(peers.PACKAGES)
     assert {entry["contender"] for entry in section["results"]} == {"softmax (SDPA)", "ours", "transformers"}
+
+
+def test_shares_of_peak_are_of_the_best_rate_of_the_whole_run(tmp_path, quick, monkeypatch):
+    rates = iter([1e9, 4e9, 2e9])
+    monkeypatch.setattr(entry, "measure_roofline", lambda: Roofline(next(rates), 1e9))
+    section = run_entry(tmp_path, "--only", "nystrom-prefill", "--lengths", "64", "128")["nystrom-prefill"]
+    assert section["roofline"]["multiplications"] == 4e9
+    for kept in section["results"]:
+        assert kept["share_of_peak"] == pytest.approx(kept["multiplications"] / kept["seconds"] / 4e9)
 
 
 def test_a_section_is_printed_kept_and_drawn(tmp_path, quick, capsys):
