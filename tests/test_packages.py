@@ -11,16 +11,18 @@ import nystromformer_hf
 
 KERMIT = Path(kermit_hf.__file__).parent
 NYSTROMFORMER = Path(nystromformer_hf.__file__).parent
+SHARED = ["checkpoints.py", "validation.py"]
+SHARED_BY_DEMOS = ["generation.py", "record.py", "sources.py", "training.py"]
 
 
-@pytest.mark.parametrize("name", ["checkpoints.py", "validation.py"])
+@pytest.mark.parametrize("name", [*SHARED, *(f"demo/{name}" for name in SHARED_BY_DEMOS)])
 def test_shared_files_are_equal(name):
     assert (KERMIT / name).read_text() == (NYSTROMFORMER / name).read_text()
 
 
 @pytest.mark.parametrize(("package", "other"), [(KERMIT, "nystromformer_hf"), (NYSTROMFORMER, "kermit_hf")])
 def test_neither_package_imports_the_other(package, other):
-    files = sorted(package.glob("*.py"))
+    files = sorted(package.rglob("*.py"))
     assert files
     for file in files:
         for node in ast.walk(ast.parse(file.read_text())):
