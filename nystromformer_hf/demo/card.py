@@ -1,0 +1,64 @@
+"""The model card of a demonstration."""
+
+import argparse
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers import PreTrainedModel
+
+
+CARD = """
+# {title}
+
+{summary} It is a demonstration of `nystromformer_hf`, made by `python -m nystromformer_hf.quickstart {task}`: too
+small to be relied on for anything.
+
+{attention}
+
+```python
+import nystromformer_hf  # registers the architecture; without the package, pass trust_remote_code=True
+from transformers import pipeline
+
+{usage}
+```
+
+## Results
+
+{results}
+
+## Training
+
+Data: {corpus}. Split: {split}.
+
+{parameters:,} parameters, trained from random weights with the Transformers `Trainer`: {steps} steps of {batch}
+sequences of up to {length:,} tokens, AdamW, learning rate {rate} after a warm-up of {warmup} steps and then down a
+cosine, weight decay 0.1, gradients clipped to norm 1, seed {seed}.
+"""
+
+
+def write_card(
+    args: argparse.Namespace, model: PreTrainedModel, length: int, metric: tuple[str, float], **fields: str
+) -> None:
+    """The model card, README.md: `metric` (Hub name and value) goes into its metadata, `fields` into its text."""
+    task = "text-classification" if args.task == "classify" else "text-generation"
+    source = {"dataset_type": "text", "dataset_name": fields["corpus"], "dataset_split": "test"}
+    data = ModelCardData(
+        language="en" if args.data is None else None,
+        library_name="transformers",
+        pipeline_tag=task,
+        tags=["nystromformer", "linear-attention", "long-context"],
+        model_name=args.output.name,
+        eval_results=[EvalResult(task, **source, metric_type=metric[0], metric_value=round(metric[1], 4))],
+    )
+    content = CARD.format(
+        title=args.output.name,
+        task=args.task,
+        parameters=model.num_parameters(),
+        steps=args.steps,
+        batch=args.batch_size,
+        length=length,
+        rate=args.learning_rate,
+        warmup=args.steps // 10,
+        seed=args.seed,
+        **fields,
+    )
+    ModelCard(f"---\n{data}\n---\n{content}").save(args.output / "README.md")
