@@ -25,14 +25,15 @@ if not __package__:
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 import kermit_hf  # noqa: F401  (registers its classes)
 import nystromformer_hf  # noqa: F401
+from conversion_scripts import companions
 from conversion_scripts.card_facts import Perplexity
 from conversion_scripts.card_plots import plot_perplexity
-from conversion_scripts.checkpoint_files import ConversionError, find_source
+from conversion_scripts.checkpoint_files import ConversionError, find_source, in_one_line
 from conversion_scripts.texts import SOURCES, load_documents, long_documents
 
 
@@ -198,18 +199,16 @@ def load_model(source: str, dtype: torch.dtype = torch.float32) -> tuple[PreTrai
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf_file, dtype=dtype, trust_remote_code=False)
     except (ValueError, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise ConversionError(f"{source} does not load as a causal language model ({reason})") from error
+        raise ConversionError(f"{source} does not load as a causal language model ({in_one_line(error)})") from error
     return model.eval(), folder
 
 
-def load_tokenizer(source: str):
-    folder, gguf_file = find_source(source)
-    try:
-        return AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file, trust_remote_code=False)
-    except (ValueError, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise ConversionError(f"{source} has no tokenizer that loads ({reason}); put its files there") from error
+def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, without which there is nothing to evaluate. Code that comes with it is not run."""
+    tokenizer = companions.load_tokenizer(*find_source(source))
+    if tokenizer is None:
+        raise ConversionError(f"{source} has no tokenizer; put its files there")
+    return tokenizer
 
 
 def add_text_arguments(parser: argparse.ArgumentParser) -> None:
