@@ -314,6 +314,14 @@ def find_source(source: str, revision: str | None = None) -> tuple[Path, str | N
     return Path(folder), None
 
 
+def find_folder(source: str, revision: str | None = None, allowed: str = "a folder and a Hub id") -> Path:
+    """`find_source` where a GGUF file is refused."""
+    folder, gguf_file = find_source(source, revision)
+    if gguf_file:
+        raise ConversionError(f"{source} is a GGUF file; allowed are {allowed}")
+    return folder
+
+
 def in_one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 

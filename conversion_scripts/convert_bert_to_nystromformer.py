@@ -6,6 +6,7 @@ Texts of at most `--num-landmarks` tokens come out as before; longer ones, which
 approximately. The tensors pass through one at a time; the original and the result are then compared on a short text.
 """
 
+import argparse
 import functools
 import json
 import sys
@@ -18,12 +19,10 @@ if not __package__:
     # As a plain script: the folder above holds the packages.
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import argparse
-
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from conversion_scripts.cards import (
     LICENSE_UNKNOWN,
@@ -39,13 +38,19 @@ from conversion_scripts.checkpoint_files import (
     ConversionError,
     atomic_folder,
     check_output,
-    find_source,
+    find_folder,
     in_one_line,
     read_json,
 )
 from conversion_scripts.command_line import Setting, add_file_options, add_setting, config_settings, run
 from conversion_scripts.command_line import make_parser as make_shared_parser
-from conversion_scripts.companions import check_tokenizer, check_vocabulary, load_tokenizer, write_companions
+from conversion_scripts.companions import (
+    check_tokenizer,
+    check_vocabulary,
+    load_config,
+    load_tokenizer,
+    write_companions,
+)
 from conversion_scripts.encoder_weights import (
     BUFFERS,
     HEADS,
@@ -160,9 +165,7 @@ def convert(
     """
     output = Path(output).expanduser().resolve()
     check_card_tools(NystromformerHFConfig.model_type)
-    folder, gguf_file = find_source(source, revision)
-    if gguf_file:
-        raise ConversionError(f"{source} is a GGUF file; allowed are a folder and a Hub id")
+    folder = find_folder(source, revision)
     check_output(output, overwrite, folder)
     source_config = read_config(folder)
     family, auto_class = FAMILIES[source_config.model_type], head_of(source_config, head)
@@ -224,22 +227,8 @@ def remarks_on(length: int, num_positions: int, config: NystromformerHFConfig) -
 
 
 def read_config(folder: Path) -> PreTrainedConfig:
-    """The source's config, of one of the `FAMILIES`; code that comes with a checkpoint is never run."""
-    path = folder / "config.json"
-    model_type = read_json(path).get("model_type")
-    if model_type not in FAMILIES:
-        raise ConversionError(
-            f"model_type={model_type!r} in {path} is no architecture that can be mapped; allowed are {', '.join(FAMILIES)}"
-        )
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # fields may hold anything
-        raise ConversionError(f"{path} cannot be read ({in_one_line(error)}); repair it") from error
-    if getattr(config, "quantization_config", None) is not None:
-        raise ConversionError(
-            "quantization_config: quantised weights cannot be mapped; load the model, `dequantize()` it and save it, or "
-            "convert the original checkpoint"
-        )
+    """The source's config, of one of the `FAMILIES` and without what our encoder has not."""
+    path, config = folder / "config.json", load_config(folder, FAMILIES)
     for name, allowed in (
         ("is_decoder", False),
         ("add_cross_attention", False),
@@ -247,8 +236,10 @@ def read_config(folder: Path) -> PreTrainedConfig:
     ):
         if getattr(config, name, allowed) != allowed:
             raise ConversionError(f"{name}={getattr(config, name)} in {path} cannot be mapped; allowed is {allowed}")
-    if FAMILIES[model_type].positions_follow_padding and config.pad_token_id is None:
-        raise ConversionError(f"pad_token_id=None in {path}: the positions of {model_type} start behind it; set it")
+    if FAMILIES[config.model_type].positions_follow_padding and config.pad_token_id is None:
+        raise ConversionError(
+            f"pad_token_id=None in {path}: the positions of {config.model_type} start behind it; set it"
+        )
     return config
 
 

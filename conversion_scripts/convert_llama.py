@@ -22,7 +22,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import is_gguf_available
 
 import kermit_hf.modeling_kermit as kermit
@@ -49,7 +49,6 @@ from conversion_scripts.checkpoint_files import (
     find_source,
     in_one_line,
     listed,
-    read_json,
 )
 from conversion_scripts.command_line import (
     Setting,
@@ -59,7 +58,13 @@ from conversion_scripts.command_line import (
     run,
 )
 from conversion_scripts.command_line import make_parser as make_shared_parser
-from conversion_scripts.companions import check_tokenizer, check_vocabulary, load_tokenizer, write_companions
+from conversion_scripts.companions import (
+    check_tokenizer,
+    check_vocabulary,
+    load_config,
+    load_tokenizer,
+    write_companions,
+)
 from conversion_scripts.verification import VERIFIED_TOKENS, compare, random_tokens
 
 
@@ -211,35 +216,12 @@ def convert(
 
 
 def read_config(folder: Path, gguf_file: str | None) -> PreTrainedConfig:
-    """The source's config, of one of the `FAMILIES`; code that comes with a checkpoint is never run."""
+    """The source's config, of one of the `FAMILIES`."""
     if gguf_file and not is_gguf_available():
         raise ConversionError(
             "reading GGUF needs the package `gguf`; install it: pip install 'linear-time-transformers[gguf]'"
         )
-    model_type = None if gguf_file else read_json(folder / "config.json").get("model_type")
-    if not gguf_file and model_type not in FAMILIES:
-        raise ConversionError(
-            f"model_type={model_type!r} in {folder / 'config.json'} is no architecture that can be mapped; allowed are "
-            f"{', '.join(FAMILIES)}"
-        )
-    try:
-        config = AutoConfig.from_pretrained(folder, gguf_file=gguf_file, trust_remote_code=False)
-    except Exception as error:  # the reader of a damaged GGUF file raises whatever it stumbles upon
-        raise ConversionError(
-            f"the config of {folder / (gguf_file or 'config.json')} cannot be read ({in_one_line(error)}); allowed are "
-            f"{', '.join(FAMILIES)}"
-        ) from error
-    if config.model_type not in FAMILIES:
-        raise ConversionError(
-            f"model_type={config.model_type!r} in {gguf_file} is no architecture that can be mapped; allowed are "
-            f"{', '.join(FAMILIES)}"
-        )
-    if getattr(config, "quantization_config", None) is not None:
-        raise ConversionError(
-            "quantization_config: quantised weights cannot be mapped; load the model, `dequantize()` it and save it, or "
-            "convert the original checkpoint"
-        )
-    return config
+    return load_config(folder, FAMILIES, gguf_file)
 
 
 def target_config(source: PreTrainedConfig, target: Target, settings: dict[str, Any]) -> PreTrainedConfig:

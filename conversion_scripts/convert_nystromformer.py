@@ -7,6 +7,7 @@ SOURCE is a checkpoint of transformers' own Nyströmformer or a file that the au
 tensors pass through one at a time; the result and transformers' class are then compared at a length where that one works.
 """
 
+import argparse
 import functools
 import sys
 from collections.abc import Callable, Sequence
@@ -18,13 +19,11 @@ if not __package__:
     # As a plain script: the folder above holds the packages.
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import argparse
-
 import torch
 import torch.nn.functional as F
 import transformers
 from torch import nn
-from transformers import AutoConfig, NystromformerConfig, PreTrainedModel
+from transformers import NystromformerConfig, PreTrainedModel
 
 from conversion_scripts.card_facts import Parity
 from conversion_scripts.cards import (
@@ -41,13 +40,18 @@ from conversion_scripts.checkpoint_files import (
     ConversionError,
     atomic_folder,
     check_output,
-    find_source,
+    find_folder,
     in_one_line,
-    read_json,
 )
 from conversion_scripts.command_line import Setting, add_file_options, add_setting, config_settings, run
 from conversion_scripts.command_line import make_parser as make_shared_parser
-from conversion_scripts.companions import check_tokenizer, check_vocabulary, load_tokenizer, write_companions
+from conversion_scripts.companions import (
+    check_tokenizer,
+    check_vocabulary,
+    load_config,
+    load_tokenizer,
+    write_companions,
+)
 from conversion_scripts.encoder_weights import (
     HEADS,
     POSITION_TABLE,
@@ -207,32 +211,22 @@ def open_source(
         )
         rename = functools.partial(rename_original, auto_class=auto_class)
         return Source(checkpoint, checkpoint.folder, config, auto_class, rename)
-    folder, gguf_file = find_source(source, revision)
-    if gguf_file:
-        raise ConversionError(f"{source} is a GGUF file; allowed are a folder, a Hub id, and a file of the authors'")
-    return open_folder(folder, head)
+    return open_folder(find_folder(source, revision, "a folder, a Hub id, and a file of the authors'"), head)
 
 
 def open_folder(folder: Path, head: str | None) -> Source:
-    """A checkpoint of transformers' class or of ours; code that comes with it is never run."""
-    path = folder / "config.json"
-    model_type = read_json(path).get("model_type")
-    if model_type not in TARGETS:
-        raise ConversionError(
-            f"model_type={model_type!r} in {path} is no architecture that can be mapped; allowed are {', '.join(TARGETS)}"
-        )
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        ours = config if model_type == TARGETS[0] else NystromformerHFConfig.from_nystromformer(config)
-    except Exception as error:  # fields may hold anything
-        raise ConversionError(f"{path} cannot be read ({in_one_line(error)}); repair it") from error
-    if getattr(config, "quantization_config", None) is not None:
-        raise ConversionError(
-            "quantization_config: quantised weights cannot be mapped; convert the original checkpoint"
-        )
+    """A checkpoint of transformers' class or of ours."""
+    config = ours = load_config(folder, TARGETS)
+    if config.model_type == IN_TREE_MODEL_TYPE:
+        try:
+            ours = NystromformerHFConfig.from_nystromformer(config)
+        except Exception as error:  # fields may hold anything
+            raise ConversionError(
+                f"{folder / 'config.json'} cannot be read ({in_one_line(error)}); repair it"
+            ) from error
     auto_class = head_of(config, head)
     rename = Naming("nystromformer.", OWN_HEADS, auto_class, head is not None)
-    return Source(Checkpoint(folder), folder, ours, auto_class, rename, classes_of(model_type)[auto_class])
+    return Source(Checkpoint(folder), folder, ours, auto_class, rename, classes_of(config.model_type)[auto_class])
 
 
 def check_direction(source: str, opened: Source, to: str) -> None:
