@@ -44,11 +44,12 @@ from conversion_scripts.checkpoint_files import (
     GGUFCheckpoint,
     ShardWriter,
     atomic_folder,
+    check_entry,
+    check_names,
     check_output,
     check_space,
     find_source,
     in_one_line,
-    listed,
 )
 from conversion_scripts.command_line import (
     Setting,
@@ -337,28 +338,9 @@ def plan_weights(checkpoint: Checkpoint, model: PreTrainedModel, config: PreTrai
     missing = {name: tensor for name, tensor in wanted.items() if name not in mapped}
     own = {name: tensor for name, tensor in missing.items() if is_own(name, model)}
     lost = sorted(missing.keys() - own.keys())
-    if unknown or lost:
-        excess = f"it holds {listed(unknown)}, which cannot be mapped" if unknown else ""
-        lack = f"it lacks {listed(lost)}" if lost else ""
-        raise ConversionError(
-            f"{checkpoint.folder} does not fit its config: {'; '.join(filter(None, (lack, excess)))}. Is it of another "
-            "architecture, an adapter, or not whole? Copy or download it again, or convert the merged model"
-        )
+    check_names(checkpoint.folder, lost, unknown, "convert the merged model")
     for name, entry in mapped.items():
-        shape = tuple(wanted[name].shape)
-        if entry.dtype is None:
-            raise ConversionError(
-                f"{name} has a dtype that cannot be mapped; allowed are float32, float16, bfloat16: dequantise the source"
-            )
-        if entry.shape != shape and name in ("model.embed_tokens.weight", "lm_head.weight"):
-            raise ConversionError(
-                f"{name} has shape {entry.shape}, but the config has vocab_size={config.vocab_size} and "
-                f"hidden_size={config.hidden_size}; repair config.json, or copy the checkpoint again"
-            )
-        if entry.shape != shape:
-            raise ConversionError(
-                f"{name} has shape {entry.shape}, but the config makes it {shape}; repair config.json"
-            )
+        check_entry(name, entry, wanted[name].shape, config)
     return Plan(names, mapped, own)
 
 
