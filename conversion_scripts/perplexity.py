@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 if not __package__:
@@ -25,7 +25,7 @@ if not __package__:
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 import kermit_hf  # noqa: F401  (registers its classes)
@@ -196,12 +196,21 @@ def table(measured: Perplexity) -> str:
 
 def load_model(source: str, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, Path]:
     """A causal language model for evaluation, and the folder it lies in. Code that comes with it is not run."""
+    model, folder = _load(AutoModelForCausalLM, source, dtype=dtype)
+    return model.eval(), folder
+
+
+def load_config(source: str) -> tuple[PreTrainedConfig, Path]:
+    """That of a model for evaluation, and the folder it lies in."""
+    return _load(AutoConfig, source)
+
+
+def _load(auto_class: type, source: str, **kwargs) -> tuple[Any, Path]:
     folder, gguf_file = find_source(source)
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf_file, dtype=dtype, trust_remote_code=False)
+        return auto_class.from_pretrained(folder, gguf_file=gguf_file, trust_remote_code=False, **kwargs), folder
     except (ValueError, OSError) as error:
         raise ConversionError(f"{source} does not load as a causal language model ({in_one_line(error)})") from error
-    return model.eval(), folder
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
