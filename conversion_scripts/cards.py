@@ -10,7 +10,7 @@ import math
 import os
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
+from transformers import PreTrainedConfig
 
 from conversion_scripts.card_facts import (
     THIS_MODEL,
@@ -178,16 +179,61 @@ def conversion_stage(
     )
 
 
+class ConversionCard:
+    """The card of a conversion: first what the source says of itself, then what came of it.
+
+    Args:
+        folder: the source's; `file` where it is one of several in there.
+        stated_license: what a weight file says.
+        say: is told where no licence could be read.
+    """
+
+    def __init__(
+        self,
+        architecture: str,
+        folder: Path,
+        options: CardOptions,
+        say: Callable[[str], None],
+        *,
+        file: str = "",
+        stated_license: str | None = None,
+    ):
+        self.folder, self.file, self.options = folder, file, options
+        self.facts = source_facts(architecture, folder, options, stated_license)
+        if self.facts.license is None:
+            say(LICENSE_UNKNOWN)
+
+    def write(
+        self,
+        partial: Path,
+        name: str,
+        config: PreTrainedConfig,
+        settings: Iterable[str],
+        parity: Parity | None,
+        remarks: list[str],
+    ) -> None:
+        """Into `partial`, with the values of these `settings` in `config`; `name` is what the model is loaded by unless the
+        user knows better."""
+        stage = conversion_stage(self.folder, self.options.command, parity, remarks, self.file)
+        values = {name: getattr(config, name) for name in settings}
+        write_card(partial, self.facts.with_stage(stage, settings=values), self.options.model_id or name)
+
+
 def command_line(module: str, arguments: Sequence[str]) -> str:
-    """`python -m module ARGUMENTS` for the card, local paths cut to their last name: the rest is nobody's business."""
+    """`python -m module ARGUMENTS` for the card."""
 
     def shown(argument: str) -> str:
         option, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
-        path = Path(value).expanduser()
-        is_local = path.is_absolute() or value.startswith(("./", "../")) or value in (".", "..") or os.path.exists(path)
-        return option + equals + (path.resolve().name if value and is_local else value)
+        return option + equals + without_folders(value)
 
     return shlex.join(["python", "-m", module, *map(shown, arguments)])
+
+
+def without_folders(text: str) -> str:
+    """The last name of a local path, since the rest is nobody's business; anything else, a Hub id for one, as it is."""
+    path = Path(text).expanduser()
+    is_local = path.is_absolute() or text.startswith(("./", "../")) or text in (".", "..") or os.path.exists(path)
+    return Path(os.path.abspath(path)).name if text and is_local else text
 
 
 def versions(*packages: str) -> dict[str, str]:

@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +23,7 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from transformers import PreTrainedConfig
 
 from kermit_hf.checkpoints import incomplete_keys, listed
 
@@ -314,6 +315,14 @@ def find_source(source: str, revision: str | None = None) -> tuple[Path, str | N
     return Path(folder), None
 
 
+def find_folder(source: str, revision: str | None = None, allowed: str = "a folder and a Hub id") -> Path:
+    """`find_source` where a GGUF file is refused."""
+    folder, gguf_file = find_source(source, revision)
+    if gguf_file:
+        raise ConversionError(f"{source} is a GGUF file; allowed are {allowed}")
+    return folder
+
+
 def in_one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
@@ -328,6 +337,38 @@ def read_json(path: Path) -> dict:
     if not isinstance(content, dict):
         raise ConversionError(f"{path} holds no JSON object; copy or download it again")
     return content
+
+
+def check_names(folder: Path, lost: list[str], unknown: list[str], cure: str) -> None:
+    """`ConversionError` if the checkpoint in `folder` lacks weights (`lost`) or has some that are `unknown`; `cure` says what
+    else to try than another copy."""
+    lack = f"it lacks {listed(lost)}" if lost else ""
+    excess = f"it holds {listed(unknown)}, which cannot be mapped" if unknown else ""
+    if lack or excess:
+        raise ConversionError(
+            f"{folder} does not fit its config: {'; '.join(filter(None, (lack, excess)))}. Is it of another architecture, an "
+            f"adapter, or not whole? Copy or download it again, or {cure}"
+        )
+
+
+def check_entry(
+    name: str,
+    entry: Entry,
+    shape: torch.Size,
+    config: PreTrainedConfig,
+    change: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.contiguous,
+) -> None:
+    """`ConversionError` unless the tensor `name` has a dtype that can be mapped and, after `change`, the `shape` that the
+    `config` makes it."""
+    if entry.dtype is None or not entry.dtype.is_floating_point:
+        raise ConversionError(
+            f"{name} has a dtype that cannot be mapped; allowed are float32, float16, bfloat16: dequantise the source"
+        )
+    if change(torch.empty(entry.shape, device="meta")).shape != shape:
+        raise ConversionError(
+            f"{name} has shape {entry.shape}, but the config makes it {tuple(shape)}, with vocab_size={config.vocab_size} and "
+            f"hidden_size={config.hidden_size}; repair config.json, or copy the checkpoint again"
+        )
 
 
 def sentence_modules(folder: Path) -> list[str]:

@@ -14,9 +14,31 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedConfig
 from transformers.utils.logging import disable_progress_bar, get_verbosity, set_verbosity, set_verbosity_error
 
-from conversion_scripts.cards import CardOptions, add_card_arguments, command_line
+from conversion_scripts.cards import NOTHING_SAID, CardOptions, add_card_arguments, command_line
 from conversion_scripts.checkpoint_files import ConversionError, check_login, push_folder
 from conversion_scripts.verification import TOLERANCES
+
+
+class ConversionOptions(NamedTuple):
+    """What every conversion takes besides the architectures' own: keyword arguments of each script's `convert`.
+
+    Args:
+        seed: of the text that is compared.
+        revision: branch, tag or commit of a Hub id.
+        overwrite: whether a checkpoint at the output is replaced.
+        max_shard_bytes: largest weight file.
+        verify: dtype of the comparison with the original, a key of `TOLERANCES`, or None for no comparison.
+        card: for the model card.
+        say: takes the lines that report progress.
+    """
+
+    seed: int = 0
+    revision: str | None = None
+    overwrite: bool = False
+    max_shard_bytes: int = 5 * 10**9
+    verify: str | None = "float32"
+    card: CardOptions = NOTHING_SAID
+    say: Callable[[str], None] = lambda message: None
 
 
 class Setting(NamedTuple):

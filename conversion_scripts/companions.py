@@ -1,10 +1,12 @@
 """What goes along with the weights: tokenizer, config, the code that the Hub loads, and files kept as they are."""
 
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
@@ -13,7 +15,7 @@ from transformers import (
 )
 from transformers.dynamic_module_utils import custom_object_save
 
-from conversion_scripts.checkpoint_files import ConversionError, in_one_line, keep_files
+from conversion_scripts.checkpoint_files import ConversionError, in_one_line, keep_files, read_json
 
 
 TOKENIZER_FILES = (
@@ -24,6 +26,33 @@ TOKENIZER_FILES = (
     "vocab.txt",
     "tokenizer_config.json",
 )
+
+
+def load_config(folder: Path, model_types: Collection[str], gguf_file: str | None = None) -> PreTrainedConfig:
+    """The source's config, of one of `model_types`; code that comes with a checkpoint is never run."""
+    path, allowed = folder / (gguf_file or "config.json"), ", ".join(model_types)
+
+    def check(model_type: str | None) -> None:
+        if model_type not in model_types:
+            raise ConversionError(
+                f"model_type={model_type!r} in {path} is no architecture that can be mapped; allowed are {allowed}"
+            )
+
+    if gguf_file is None:
+        check(read_json(path).get("model_type"))
+    try:
+        config = AutoConfig.from_pretrained(folder, gguf_file=gguf_file, trust_remote_code=False)
+    except Exception as error:  # fields may hold anything, and GGUF files raise whatever the reader stumbles upon
+        raise ConversionError(
+            f"the config in {path} cannot be read ({in_one_line(error)}); repair it, or give one of {allowed}"
+        ) from error
+    check(config.model_type)
+    if getattr(config, "quantization_config", None) is not None:
+        raise ConversionError(
+            "quantization_config: quantised weights cannot be mapped; load the model, `dequantize()` it and save it, or "
+            "convert the original checkpoint"
+        )
+    return config
 
 
 def load_tokenizer(folder: Path, gguf_file: str | None = None) -> PreTrainedTokenizerBase | None:

@@ -6,10 +6,11 @@ Texts of at most `--num-landmarks` tokens come out as before; longer ones, which
 approximately. The tensors pass through one at a time; the original and the result are then compared on a short text.
 """
 
+import argparse
 import functools
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,34 +19,37 @@ if not __package__:
     # As a plain script: the folder above holds the packages.
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import argparse
-
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
-from conversion_scripts.cards import (
-    LICENSE_UNKNOWN,
-    NOTHING_SAID,
-    CardOptions,
-    check_card_tools,
-    conversion_stage,
-    source_facts,
-    write_card,
-)
+from conversion_scripts.cards import ConversionCard, check_card_tools
 from conversion_scripts.checkpoint_files import (
     Checkpoint,
     ConversionError,
     atomic_folder,
     check_output,
-    find_source,
+    find_folder,
     in_one_line,
     read_json,
 )
-from conversion_scripts.command_line import Setting, add_file_options, add_setting, config_settings, run
+from conversion_scripts.command_line import (
+    ConversionOptions,
+    Setting,
+    add_file_options,
+    add_setting,
+    config_settings,
+    run,
+)
 from conversion_scripts.command_line import make_parser as make_shared_parser
-from conversion_scripts.companions import check_tokenizer, check_vocabulary, load_tokenizer, write_companions
+from conversion_scripts.companions import (
+    check_tokenizer,
+    check_vocabulary,
+    load_config,
+    load_tokenizer,
+    write_companions,
+)
 from conversion_scripts.encoder_weights import (
     BUFFERS,
     HEADS,
@@ -136,13 +140,7 @@ def convert(
     *,
     head: str | None = None,
     max_position_embeddings: int | None = None,
-    seed: int = 0,
-    revision: str | None = None,
-    overwrite: bool = False,
-    max_shard_bytes: int = 5 * 10**9,
-    verify: str | None = "float32",
-    card: CardOptions = NOTHING_SAID,
-    say: Callable[[str], None] = lambda message: None,
+    **options: Any,
 ) -> float | None:
     """Converts the checkpoint `source` (folder or Hub id) into the folder `output`.
 
@@ -150,20 +148,15 @@ def convert(
         settings: fields of `NystromformerHFConfig` that the source does not decide; `DEFAULTS` otherwise.
         head: key of `HEADS`; that of the config's `architectures` if None. Weights of other heads are refused in that case.
         max_position_embeddings: positions of the result, to which the source's are repeated.
-        seed: of the text that is compared.
-        verify: dtype of the comparison with the original, a key of `TOLERANCES`, or None for no comparison.
-        card: for the model card.
-        say: takes the lines that report progress.
+        options: fields of `ConversionOptions`.
 
     Returns the largest difference of two outputs, None where none were compared. Raises `ConversionError`, and leaves no
     output, where the source is damaged, cannot be mapped, does not fit on the disk, or comes out different.
     """
-    output = Path(output).expanduser().resolve()
+    output, options = Path(output).expanduser().resolve(), ConversionOptions(**options)
     check_card_tools(NystromformerHFConfig.model_type)
-    folder, gguf_file = find_source(source, revision)
-    if gguf_file:
-        raise ConversionError(f"{source} is a GGUF file; allowed are a folder and a Hub id")
-    check_output(output, overwrite, folder)
+    folder = find_folder(source, options.revision)
+    check_output(output, options.overwrite, folder)
     source_config = read_config(folder)
     family, auto_class = FAMILIES[source_config.model_type], head_of(source_config, head)
     check_head(source_config, auto_class)
@@ -188,28 +181,25 @@ def convert(
     plan = plan_weights(checkpoint, model, rename, change, zeros=OWN_WEIGHTS[0], source_names=source_names)
     tokenizer = load_tokenizer(folder)
     check_vocabulary(config, None if tokenizer is None else len(tokenizer))
-    facts = source_facts(NystromformerHFConfig.model_type, folder, card)
-    if facts.license is None:
-        say(LICENSE_UNKNOWN)
+    card = ConversionCard(NystromformerHFConfig.model_type, folder, options.card, options.say)
     with atomic_folder(output) as partial:
-        write_weights(partial, checkpoint, plan, max_shard_bytes, say)
+        write_weights(partial, checkpoint, plan, options.max_shard_bytes, options.say)
         write_companions(partial, folder, model, plan.dtype, tokenizer)
         check_tokenizer(partial, tokenizer)
         if length > num_positions:
             allow_length(partial, length)
         parity = None
-        if verify is not None:
+        if options.verify is not None:
             tokens = min(config.num_landmarks, num_positions, VERIFIED_TOKENS)
             parity = compare(
                 functools.partial(getattr(transformers, auto_class).from_pretrained, folder, trust_remote_code=False),
                 functools.partial(type(model).from_pretrained, partial),
-                prompt_for(auto_class, config, tokens, seed),
-                verify,
-                say,
+                prompt_for(auto_class, config, tokens, options.seed),
+                options.verify,
+                options.say,
             )
-        stage = conversion_stage(folder, card.command, parity, remarks_on(length, num_positions, config))
-        attention = {name: getattr(config, name) for name in attention_settings()}
-        write_card(partial, facts.with_stage(stage, settings=attention), card.model_id or output.name)
+        remarks = remarks_on(length, num_positions, config)
+        card.write(partial, output.name, config, attention_settings(), parity, remarks)
     return None if parity is None else parity.difference
 
 
@@ -224,22 +214,8 @@ def remarks_on(length: int, num_positions: int, config: NystromformerHFConfig) -
 
 
 def read_config(folder: Path) -> PreTrainedConfig:
-    """The source's config, of one of the `FAMILIES`; code that comes with a checkpoint is never run."""
-    path = folder / "config.json"
-    model_type = read_json(path).get("model_type")
-    if model_type not in FAMILIES:
-        raise ConversionError(
-            f"model_type={model_type!r} in {path} is no architecture that can be mapped; allowed are {', '.join(FAMILIES)}"
-        )
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # fields may hold anything
-        raise ConversionError(f"{path} cannot be read ({in_one_line(error)}); repair it") from error
-    if getattr(config, "quantization_config", None) is not None:
-        raise ConversionError(
-            "quantization_config: quantised weights cannot be mapped; load the model, `dequantize()` it and save it, or "
-            "convert the original checkpoint"
-        )
+    """The source's config, of one of the `FAMILIES` and without what our encoder has not."""
+    path, config = folder / "config.json", load_config(folder, FAMILIES)
     for name, allowed in (
         ("is_decoder", False),
         ("add_cross_attention", False),
@@ -247,8 +223,10 @@ def read_config(folder: Path) -> PreTrainedConfig:
     ):
         if getattr(config, name, allowed) != allowed:
             raise ConversionError(f"{name}={getattr(config, name)} in {path} cannot be mapped; allowed is {allowed}")
-    if FAMILIES[model_type].positions_follow_padding and config.pad_token_id is None:
-        raise ConversionError(f"pad_token_id=None in {path}: the positions of {model_type} start behind it; set it")
+    if FAMILIES[config.model_type].positions_follow_padding and config.pad_token_id is None:
+        raise ConversionError(
+            f"pad_token_id=None in {path}: the positions of {config.model_type} start behind it; set it"
+        )
     return config
 
 

@@ -22,21 +22,13 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import is_gguf_available
 
 import kermit_hf.modeling_kermit as kermit
 import nystromformer_hf.modeling_nystromformer_hf_decoder as nystromformer
 from conversion_scripts.card_facts import Parity
-from conversion_scripts.cards import (
-    LICENSE_UNKNOWN,
-    NOTHING_SAID,
-    CardOptions,
-    check_card_tools,
-    conversion_stage,
-    source_facts,
-    write_card,
-)
+from conversion_scripts.cards import ConversionCard, check_card_tools
 from conversion_scripts.checkpoint_files import (
     Checkpoint,
     ConversionError,
@@ -44,14 +36,15 @@ from conversion_scripts.checkpoint_files import (
     GGUFCheckpoint,
     ShardWriter,
     atomic_folder,
+    check_entry,
+    check_names,
     check_output,
     check_space,
     find_source,
     in_one_line,
-    listed,
-    read_json,
 )
 from conversion_scripts.command_line import (
+    ConversionOptions,
     Setting,
     add_file_options,
     add_setting,
@@ -59,7 +52,13 @@ from conversion_scripts.command_line import (
     run,
 )
 from conversion_scripts.command_line import make_parser as make_shared_parser
-from conversion_scripts.companions import check_tokenizer, check_vocabulary, load_tokenizer, write_companions
+from conversion_scripts.companions import (
+    check_tokenizer,
+    check_vocabulary,
+    load_config,
+    load_tokenizer,
+    write_companions,
+)
 from conversion_scripts.verification import VERIFIED_TOKENS, compare, random_tokens
 
 
@@ -146,13 +145,7 @@ def convert(
     settings: dict[str, Any] | None = None,
     *,
     far_bias: float = FAR_BIAS,
-    seed: int = 0,
-    revision: str | None = None,
-    overwrite: bool = False,
-    max_shard_bytes: int = 5 * 10**9,
-    verify: str | None = "float32",
-    card: CardOptions = NOTHING_SAID,
-    say: Callable[[str], None] = lambda message: None,
+    **options: Any,
 ) -> float | None:
     """Converts the checkpoint `source` (folder, Hub id or GGUF file) into the folder `output`, model card included.
 
@@ -160,18 +153,15 @@ def convert(
         to: key of `TARGETS`.
         settings: fields of the target's config that the source does not decide.
         far_bias: start of KERMIT's far-field logit; strongly negative leaves window and sinks alone.
-        seed: of the weights that the source lacks.
-        verify: dtype of the comparison with the original, a key of `TOLERANCES`, or None for no comparison.
-        card: for the model card.
-        say: takes the lines that report progress.
+        options: fields of `ConversionOptions`; the seed is also that of the weights that the source lacks.
 
     Returns the largest difference of two logits, None where none were compared. Raises `ConversionError`, and leaves no
     output, where the source is damaged, cannot be mapped, does not fit on the disk, or comes out different.
     """
-    target, output = TARGETS[to], Path(output).expanduser().resolve()
+    target, output, options = TARGETS[to], Path(output).expanduser().resolve(), ConversionOptions(**options)
     check_card_tools(to)
-    folder, gguf_file = find_source(source, revision)
-    check_output(output, overwrite, folder)
+    folder, gguf_file = find_source(source, options.revision)
+    check_output(output, options.overwrite, folder)
     source_config = read_config(folder, gguf_file)
     config = target_config(source_config, target, settings or {})
     checkpoint = open_checkpoint(folder, gguf_file, source_config)
@@ -180,66 +170,43 @@ def convert(
     plan = plan_weights(checkpoint, model, config)
     tokenizer = load_tokenizer(folder, gguf_file)
     check_vocabulary(config, checkpoint.num_tokens if gguf_file else None if tokenizer is None else len(tokenizer))
-    facts = source_facts(to, folder, card, checkpoint.license)
-    if facts.license is None:
-        say(LICENSE_UNKNOWN)
+    card = ConversionCard(
+        to, folder, options.card, options.say, file=gguf_file or "", stated_license=checkpoint.license
+    )
 
     dtype = plan.mapped["model.embed_tokens.weight"].dtype
     own_bytes = sum(tensor.numel() * dtype.itemsize for tensor in plan.own.values())
     total_bytes = sum(entry.num_bytes for entry in plan.mapped.values()) + own_bytes
     with atomic_folder(output) as partial:
         check_space(partial, total_bytes)
-        say(f"{len(plan.mapped)} tensors from {source}, {len(plan.own)} new ones, {total_bytes / 2**20:,.0f} MiB")
-        writer = ShardWriter(partial, max_shard_bytes)
+        options.say(
+            f"{len(plan.mapped)} tensors from {source}, {len(plan.own)} new ones, {total_bytes / 2**20:,.0f} MiB"
+        )
+        writer = ShardWriter(partial, options.max_shard_bytes)
         with tqdm(total=total_bytes, unit="B", unit_scale=True, desc="converting", disable=None) as progress:
             for name, tensor in checkpoint.tensors():
                 if (name := plan.names.get(name)) is not None:
                     writer.add(name, tensor)
                     progress.update(tensor.nbytes)
-            for name, tensor in own_weights(model, plan.own, seed, far_bias):
+            for name, tensor in own_weights(model, plan.own, options.seed, far_bias):
                 writer.add(name, tensor.to(dtype))
                 progress.update(tensor.numel() * dtype.itemsize)
         writer.finish()
         write_companions(partial, folder, model, dtype, tokenizer, gguf_file)
         check_tokenizer(partial, tokenizer)
-        parity = verify_logits(folder, gguf_file, partial, target, verify, seed, say) if verify else None
-        remarks = remarks_on(plan, gguf_file, seed, far_bias)
-        stage = conversion_stage(folder, card.command, parity, remarks, gguf_file or "")
-        attention = {name: getattr(config, name) for name in attention_settings(target.config_class)}
-        write_card(partial, facts.with_stage(stage, settings=attention), card.model_id or output.name)
+        parity = verify_logits(folder, gguf_file, partial, target, options) if options.verify else None
+        remarks = remarks_on(plan, gguf_file, options.seed, far_bias)
+        card.write(partial, output.name, config, attention_settings(target.config_class), parity, remarks)
     return None if parity is None else parity.difference
 
 
 def read_config(folder: Path, gguf_file: str | None) -> PreTrainedConfig:
-    """The source's config, of one of the `FAMILIES`; code that comes with a checkpoint is never run."""
+    """The source's config, of one of the `FAMILIES`."""
     if gguf_file and not is_gguf_available():
         raise ConversionError(
             "reading GGUF needs the package `gguf`; install it: pip install 'linear-time-transformers[gguf]'"
         )
-    model_type = None if gguf_file else read_json(folder / "config.json").get("model_type")
-    if not gguf_file and model_type not in FAMILIES:
-        raise ConversionError(
-            f"model_type={model_type!r} in {folder / 'config.json'} is no architecture that can be mapped; allowed are "
-            f"{', '.join(FAMILIES)}"
-        )
-    try:
-        config = AutoConfig.from_pretrained(folder, gguf_file=gguf_file, trust_remote_code=False)
-    except Exception as error:  # the reader of a damaged GGUF file raises whatever it stumbles upon
-        raise ConversionError(
-            f"the config of {folder / (gguf_file or 'config.json')} cannot be read ({in_one_line(error)}); allowed are "
-            f"{', '.join(FAMILIES)}"
-        ) from error
-    if config.model_type not in FAMILIES:
-        raise ConversionError(
-            f"model_type={config.model_type!r} in {gguf_file} is no architecture that can be mapped; allowed are "
-            f"{', '.join(FAMILIES)}"
-        )
-    if getattr(config, "quantization_config", None) is not None:
-        raise ConversionError(
-            "quantization_config: quantised weights cannot be mapped; load the model, `dequantize()` it and save it, or "
-            "convert the original checkpoint"
-        )
-    return config
+    return load_config(folder, FAMILIES, gguf_file)
 
 
 def target_config(source: PreTrainedConfig, target: Target, settings: dict[str, Any]) -> PreTrainedConfig:
@@ -355,28 +322,9 @@ def plan_weights(checkpoint: Checkpoint, model: PreTrainedModel, config: PreTrai
     missing = {name: tensor for name, tensor in wanted.items() if name not in mapped}
     own = {name: tensor for name, tensor in missing.items() if is_own(name, model)}
     lost = sorted(missing.keys() - own.keys())
-    if unknown or lost:
-        excess = f"it holds {listed(unknown)}, which cannot be mapped" if unknown else ""
-        lack = f"it lacks {listed(lost)}" if lost else ""
-        raise ConversionError(
-            f"{checkpoint.folder} does not fit its config: {'; '.join(filter(None, (lack, excess)))}. Is it of another "
-            "architecture, an adapter, or not whole? Copy or download it again, or convert the merged model"
-        )
+    check_names(checkpoint.folder, lost, unknown, "convert the merged model")
     for name, entry in mapped.items():
-        shape = tuple(wanted[name].shape)
-        if entry.dtype is None:
-            raise ConversionError(
-                f"{name} has a dtype that cannot be mapped; allowed are float32, float16, bfloat16: dequantise the source"
-            )
-        if entry.shape != shape and name in ("model.embed_tokens.weight", "lm_head.weight"):
-            raise ConversionError(
-                f"{name} has shape {entry.shape}, but the config has vocab_size={config.vocab_size} and "
-                f"hidden_size={config.hidden_size}; repair config.json, or copy the checkpoint again"
-            )
-        if entry.shape != shape:
-            raise ConversionError(
-                f"{name} has shape {entry.shape}, but the config makes it {shape}; repair config.json"
-            )
+        check_entry(name, entry, wanted[name].shape, config)
     return Plan(names, mapped, own)
 
 
@@ -422,26 +370,20 @@ def remarks_on(plan: Plan, gguf_file: str | None, seed: int, far_bias: float) ->
 
 
 def verify_logits(
-    folder: Path,
-    gguf_file: str | None,
-    partial: Path,
-    target: Target,
-    dtype: str,
-    seed: int,
-    say: Callable[[str], None],
+    folder: Path, gguf_file: str | None, partial: Path, target: Target, options: ConversionOptions
 ) -> Parity | None:
     """How far the logits of a random prompt are apart, as long as attention is exact."""
     config = target.config_class.from_pretrained(partial)
     length = min(target.exact_tokens(config), config.max_position_embeddings, VERIFIED_TOKENS)
     if length < 1:
-        say("not verified: with window_size=0 nothing is attended exactly, so logits differ until training")
+        options.say("not verified: with window_size=0 nothing is attended exactly, so logits differ until training")
         return None
     load_original = functools.partial(
         AutoModelForCausalLM.from_pretrained, folder, gguf_file=gguf_file, trust_remote_code=False
     )
     load_converted = functools.partial(target.model_class.from_pretrained, partial)
-    inputs = {"input_ids": random_tokens(config.vocab_size, length, seed), "use_cache": False}
-    return compare(load_original, load_converted, inputs, dtype, say)
+    inputs = {"input_ids": random_tokens(config.vocab_size, length, options.seed), "use_cache": False}
+    return compare(load_original, load_converted, inputs, options.verify, options.say)
 
 
 def attention_settings(config_class: type[PreTrainedConfig]) -> dict[str, Setting]:

@@ -7,6 +7,7 @@ SOURCE is a checkpoint of transformers' own Nyströmformer or a file that the au
 tensors pass through one at a time; the result and transformers' class are then compared at a length where that one works.
 """
 
+import argparse
 import functools
 import sys
 from collections.abc import Callable, Sequence
@@ -18,36 +19,38 @@ if not __package__:
     # As a plain script: the folder above holds the packages.
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import argparse
-
 import torch
 import torch.nn.functional as F
 import transformers
 from torch import nn
-from transformers import AutoConfig, NystromformerConfig, PreTrainedModel
+from transformers import NystromformerConfig, PreTrainedModel
 
 from conversion_scripts.card_facts import Parity
-from conversion_scripts.cards import (
-    LICENSE_UNKNOWN,
-    NOTHING_SAID,
-    CardOptions,
-    check_card_tools,
-    conversion_stage,
-    source_facts,
-    write_card,
-)
+from conversion_scripts.cards import ConversionCard, check_card_tools
 from conversion_scripts.checkpoint_files import (
     Checkpoint,
     ConversionError,
     atomic_folder,
     check_output,
-    find_source,
+    find_folder,
     in_one_line,
-    read_json,
 )
-from conversion_scripts.command_line import Setting, add_file_options, add_setting, config_settings, run
+from conversion_scripts.command_line import (
+    ConversionOptions,
+    Setting,
+    add_file_options,
+    add_setting,
+    config_settings,
+    run,
+)
 from conversion_scripts.command_line import make_parser as make_shared_parser
-from conversion_scripts.companions import check_tokenizer, check_vocabulary, load_tokenizer, write_companions
+from conversion_scripts.companions import (
+    check_tokenizer,
+    check_vocabulary,
+    load_config,
+    load_tokenizer,
+    write_companions,
+)
 from conversion_scripts.encoder_weights import (
     HEADS,
     POSITION_TABLE,
@@ -112,13 +115,7 @@ def convert(
     segment_means_seq_len: int | None = None,
     config_file: str | Path | None = None,
     num_attention_heads: int | None = None,
-    seed: int = 0,
-    revision: str | None = None,
-    overwrite: bool = False,
-    max_shard_bytes: int = 5 * 10**9,
-    verify: str | None = "float32",
-    card: CardOptions = NOTHING_SAID,
-    say: Callable[[str], None] = lambda message: None,
+    **options: Any,
 ) -> float | None:
     """Converts `source` (folder, Hub id or one of the authors' files) into the folder `output`.
 
@@ -131,22 +128,23 @@ def convert(
         config_file: the authors' JSON or transformers' for one of the authors' files; by default `config.json` beside it, or in
             the folder above.
         num_attention_heads: of one of the authors' files whose config and convolution do not tell.
-        seed: of the text that is compared.
-        verify: dtype of the comparison with transformers' class, a key of `TOLERANCES`, or None for no comparison.
-        card: for the model card.
-        say: takes the lines that report progress.
+        options: fields of `ConversionOptions`; what the result is compared with is transformers' class.
 
     Returns the largest difference of two outputs, None where none were compared. Raises `ConversionError`, and leaves no
     output, where the source is damaged, cannot be mapped, does not fit on the disk, or comes out different.
     """
-    output, settings = Path(output).expanduser().resolve(), settings or {}
+    output, settings, options = Path(output).expanduser().resolve(), settings or {}, ConversionOptions(**options)
     if unknown := sorted(settings.keys() - attention_settings().keys()):
         raise ConversionError(f"{', '.join(unknown)}: the source decides this; leave it out")
-    opened = open_source(source, revision, head, config_file, num_attention_heads, settings.get("num_landmarks"))
-    check_output(output, overwrite, opened.folder)
+    opened = open_source(
+        source, options.revision, head, config_file, num_attention_heads, settings.get("num_landmarks")
+    )
+    check_output(output, options.overwrite, opened.folder)
     check_direction(source, opened, to)
-    if verify not in (None, "float32") and not is_softmax(opened.config):
-        raise ConversionError(f"verify={verify}: transformers' class fails in that dtype; allowed are float32 and no")
+    if options.verify not in (None, "float32") and not is_softmax(opened.config):
+        raise ConversionError(
+            f"verify={options.verify}: transformers' class fails in that dtype; allowed are float32 and no"
+        )
     length = choose_length(opened.config.max_position_embeddings, max_position_embeddings)
     if to == IN_TREE_MODEL_TYPE:
         config = in_tree_config(opened.config, opened.auto_class, length, segment_means_seq_len)
@@ -157,29 +155,25 @@ def convert(
     plan = plan_conversion(opened, model)
     tokenizer = load_tokenizer(opened.folder)
     check_vocabulary(config, None if tokenizer is None else len(tokenizer))
-    facts = None
+    card = None
     if to == NystromformerHFConfig.model_type:  # transformers' class has no card of ours
         check_card_tools(to)
-        facts = source_facts(to, opened.folder, card)
-        if facts.license is None:
-            say(LICENSE_UNKNOWN)
+        file = "" if opened.model_class else Path(source).name
+        card = ConversionCard(to, opened.folder, options.card, options.say, file=file)
     with atomic_folder(output) as partial:
-        write_weights(partial, opened.checkpoint, plan, max_shard_bytes, say)
+        write_weights(partial, opened.checkpoint, plan, options.max_shard_bytes, options.say)
         write_companions(partial, opened.folder, model, plan.dtype, tokenizer)
         check_tokenizer(partial, tokenizer)
-        if verify is None:
+        if options.verify is None:
             parity = None
         elif to == IN_TREE_MODEL_TYPE:
-            parity = compare_back(opened, partial, config, verify, seed, say)
+            parity = compare_back(opened, partial, config, options)
         else:
-            parity = compare_with_in_tree(opened, partial, length, verify, seed, say)
-        if facts is not None:
+            parity = compare_with_in_tree(opened, partial, length, options)
+        if card is not None:
             positions = opened.config.max_position_embeddings
             remarks = [f"The {positions:,} trained positions are repeated to {length:,}."] if length > positions else []
-            file = "" if opened.model_class else Path(source).name
-            stage = conversion_stage(opened.folder, card.command, parity, remarks, file)
-            attention = {name: getattr(config, name) for name in attention_settings()}
-            write_card(partial, facts.with_stage(stage, settings=attention), card.model_id or output.name)
+            card.write(partial, output.name, config, attention_settings(), parity, remarks)
     return None if parity is None else parity.difference
 
 
@@ -207,32 +201,22 @@ def open_source(
         )
         rename = functools.partial(rename_original, auto_class=auto_class)
         return Source(checkpoint, checkpoint.folder, config, auto_class, rename)
-    folder, gguf_file = find_source(source, revision)
-    if gguf_file:
-        raise ConversionError(f"{source} is a GGUF file; allowed are a folder, a Hub id, and a file of the authors'")
-    return open_folder(folder, head)
+    return open_folder(find_folder(source, revision, "a folder, a Hub id, and a file of the authors'"), head)
 
 
 def open_folder(folder: Path, head: str | None) -> Source:
-    """A checkpoint of transformers' class or of ours; code that comes with it is never run."""
-    path = folder / "config.json"
-    model_type = read_json(path).get("model_type")
-    if model_type not in TARGETS:
-        raise ConversionError(
-            f"model_type={model_type!r} in {path} is no architecture that can be mapped; allowed are {', '.join(TARGETS)}"
-        )
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        ours = config if model_type == TARGETS[0] else NystromformerHFConfig.from_nystromformer(config)
-    except Exception as error:  # fields may hold anything
-        raise ConversionError(f"{path} cannot be read ({in_one_line(error)}); repair it") from error
-    if getattr(config, "quantization_config", None) is not None:
-        raise ConversionError(
-            "quantization_config: quantised weights cannot be mapped; convert the original checkpoint"
-        )
+    """A checkpoint of transformers' class or of ours."""
+    config = ours = load_config(folder, TARGETS)
+    if config.model_type == IN_TREE_MODEL_TYPE:
+        try:
+            ours = NystromformerHFConfig.from_nystromformer(config)
+        except Exception as error:  # fields may hold anything
+            raise ConversionError(
+                f"{folder / 'config.json'} cannot be read ({in_one_line(error)}); repair it"
+            ) from error
     auto_class = head_of(config, head)
     rename = Naming("nystromformer.", OWN_HEADS, auto_class, head is not None)
-    return Source(Checkpoint(folder), folder, ours, auto_class, rename, classes_of(model_type)[auto_class])
+    return Source(Checkpoint(folder), folder, ours, auto_class, rename, classes_of(config.model_type)[auto_class])
 
 
 def check_direction(source: str, opened: Source, to: str) -> None:
@@ -329,7 +313,7 @@ def add_tap(weight: torch.Tensor) -> torch.Tensor:
 
 
 def compare_with_in_tree(
-    source: Source, partial: Path, max_position_embeddings: int, verify: str, seed: int, say: Callable[[str], None]
+    source: Source, partial: Path, max_position_embeddings: int, options: ConversionOptions
 ) -> Parity | None:
     """Our encoder, with the source's attention, against transformers' class with the source's weights; for one of the authors'
     files, which that cannot load, with the same weights."""
@@ -340,7 +324,7 @@ def compare_with_in_tree(
         at_most = min(config.max_position_embeddings, max(VERIFIED_TOKENS, 2 * config.num_landmarks))
         seq_len = tokens = at_most // config.num_landmarks * config.num_landmarks
         if tokens < 2 * config.num_landmarks:
-            say(
+            options.say(
                 "not verified: transformers' class needs twice as many tokens as landmarks, but there are "
                 f"max_position_embeddings={config.max_position_embeddings}"
             )
@@ -364,12 +348,11 @@ def compare_with_in_tree(
 
     config = with_fields(config, max_position_embeddings=max_position_embeddings)
     load_converted = functools.partial(AUTO_CLASSES[auto_class].from_pretrained, partial, config=config)
-    return compare(load_reference, load_converted, prompt_for(auto_class, config, tokens, seed), verify, say)
+    prompt = prompt_for(auto_class, config, tokens, options.seed)
+    return compare(load_reference, load_converted, prompt, options.verify, options.say)
 
 
-def compare_back(
-    source: Source, partial: Path, config: NystromformerConfig, verify: str, seed: int, say: Callable[[str], None]
-) -> Parity:
+def compare_back(source: Source, partial: Path, config: NystromformerConfig, options: ConversionOptions) -> Parity:
     """Transformers' class, at its one length, against our encoder."""
     tokens = config.segment_means_seq_len
     if tokens == config.num_landmarks:
@@ -377,9 +360,9 @@ def compare_back(
     return compare(
         functools.partial(source.model_class.from_pretrained, source.folder),
         functools.partial(classes_of(IN_TREE_MODEL_TYPE)[source.auto_class].from_pretrained, partial),
-        prompt_for(source.auto_class, config, tokens, seed),
-        verify,
-        say,
+        prompt_for(source.auto_class, config, tokens, options.seed),
+        options.verify,
+        options.say,
     )
 
 

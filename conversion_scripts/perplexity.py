@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 if not __package__:
@@ -25,14 +25,16 @@ if not __package__:
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 import kermit_hf  # noqa: F401  (registers its classes)
 import nystromformer_hf  # noqa: F401
+from conversion_scripts import companions
 from conversion_scripts.card_facts import Perplexity
 from conversion_scripts.card_plots import plot_perplexity
-from conversion_scripts.checkpoint_files import ConversionError, find_source
+from conversion_scripts.cards import without_folders
+from conversion_scripts.checkpoint_files import ConversionError, find_source, in_one_line
 from conversion_scripts.texts import SOURCES, load_documents, long_documents
 
 
@@ -145,7 +147,8 @@ def original_losses(original: PreTrainedModel, near: NearField, documents: list[
 
 
 def summarize(losses: dict[str, list[torch.Tensor]], edges: Sequence[int], first: int) -> dict:
-    """The fields of `card_facts.Perplexity`: perplexity, exp of the mean loss over all documents, for positions between neighbouring `edges` and from `first` on.
+    """The fields of `card_facts.Perplexity`: exp of the mean loss over all documents, for positions between neighbouring
+    `edges` and from `first` on.
 
     `losses` holds by model what `token_losses` gives for each document. Position p is the token predicted.
     """
@@ -172,8 +175,7 @@ def summarize(losses: dict[str, list[torch.Tensor]], edges: Sequence[int], first
 
 def describe(args: argparse.Namespace) -> str:
     """Which texts the options of `add_text_arguments` name, in words."""
-    source = Path(args.texts).name if Path(args.texts).expanduser().exists() else args.texts
-    return f"{source}, first documents of at least {args.min_characters:,} characters"
+    return f"{without_folders(args.texts)}, first documents of at least {args.min_characters:,} characters"
 
 
 def bucket_edges(length: int) -> list[int]:
@@ -194,22 +196,29 @@ def table(measured: Perplexity) -> str:
 
 def load_model(source: str, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, Path]:
     """A causal language model for evaluation, and the folder it lies in. Code that comes with it is not run."""
-    folder, gguf_file = find_source(source)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf_file, dtype=dtype, trust_remote_code=False)
-    except (ValueError, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise ConversionError(f"{source} does not load as a causal language model ({reason})") from error
+    model, folder = _load(AutoModelForCausalLM, source, dtype=dtype)
     return model.eval(), folder
 
 
-def load_tokenizer(source: str):
+def load_config(source: str) -> tuple[PreTrainedConfig, Path]:
+    """That of a model for evaluation, and the folder it lies in."""
+    return _load(AutoConfig, source)
+
+
+def _load(auto_class: type, source: str, **kwargs) -> tuple[Any, Path]:
     folder, gguf_file = find_source(source)
     try:
-        return AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file, trust_remote_code=False)
+        return auto_class.from_pretrained(folder, gguf_file=gguf_file, trust_remote_code=False, **kwargs), folder
     except (ValueError, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise ConversionError(f"{source} has no tokenizer that loads ({reason}); put its files there") from error
+        raise ConversionError(f"{source} does not load as a causal language model ({in_one_line(error)})") from error
+
+
+def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, without which there is nothing to evaluate. Code that comes with it is not run."""
+    tokenizer = companions.load_tokenizer(*find_source(source))
+    if tokenizer is None:
+        raise ConversionError(f"{source} has no tokenizer; put its files there")
+    return tokenizer
 
 
 def add_text_arguments(parser: argparse.ArgumentParser) -> None:

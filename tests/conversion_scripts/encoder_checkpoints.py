@@ -73,6 +73,10 @@ def save_checkpoint(
     return model
 
 
+def load(folder: Path, head: str = "none", **kwargs):
+    return getattr(transformers, HEADS[head]).from_pretrained(folder, **kwargs)
+
+
 @torch.no_grad()
 def outputs(model: PreTrainedModel, input_ids: torch.LongTensor, **inputs) -> torch.Tensor:
     """Whatever a model's head returns, as one tensor."""

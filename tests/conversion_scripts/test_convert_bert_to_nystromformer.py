@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, BertForNextSentencePrediction, BertForPreTraining, BertLMHeadModel
@@ -17,6 +16,7 @@ from conversion_scripts.checkpoint_files import ConversionError
 from conversion_scripts.convert_bert_to_nystromformer import DEFAULTS, FAMILIES, convert, main, make_parser
 from tests.conversion_scripts.encoder_checkpoints import (
     HEADS,
+    load,
     make_config,
     outputs,
     randomize,
@@ -33,22 +33,8 @@ PARITY = 1e-5
 PADDING_TOKENS = 6  # the families' padding tokens are all below
 
 
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    return tmp_path / "source"
-
-
-@pytest.fixture
-def output(tmp_path: Path) -> Path:
-    return tmp_path / "output"
-
-
 def tokens(*shape: int) -> torch.LongTensor:
     return torch.randint(PADDING_TOKENS, VOCABULARY, shape)
-
-
-def load(folder: Path, head: str = "none", **kwargs):
-    return getattr(transformers, HEADS[head]).from_pretrained(folder, **kwargs)
 
 
 def difference(model, folder: Path, head: str = "none", length: int = 60, **kwargs) -> float:

@@ -36,16 +36,6 @@ PARITY = 1e-4
 WINDOW = {"kermit": {"window_size": 24}, "nystromformer_hf_decoder": {"segment_size": 8}}
 
 
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    return tmp_path / "source"
-
-
-@pytest.fixture
-def output(tmp_path: Path) -> Path:
-    return tmp_path / "output"
-
-
 @torch.no_grad()
 def difference(model, folder: Path, length: int = 24, **kwargs) -> float:
     prompt = torch.randint(VOCABULARY, (2, length))

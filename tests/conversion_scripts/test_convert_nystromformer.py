@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file
 from transformers import AutoConfig, NystromformerConfig, NystromformerForMaskedLM
 
@@ -17,6 +16,7 @@ from tests.conversion_scripts.encoder_checkpoints import (
     HEADS,
     TINY,
     OriginalNystromformer,
+    load,
     outputs,
     save_checkpoint,
 )
@@ -28,20 +28,6 @@ from tests.hub_session import run_session
 PARITY = 1e-5  # two float32 evaluations of the same function
 BACK = "nystromformer"
 LENGTH = 64  # the tiny models' `segment_means_seq_len`
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    return tmp_path / "source"
-
-
-@pytest.fixture
-def output(tmp_path: Path) -> Path:
-    return tmp_path / "output"
-
-
-def load(folder: Path, head: str = "none", **kwargs):
-    return getattr(transformers, HEADS[head]).from_pretrained(folder, **kwargs)
 
 
 def difference(model, other, length: int = LENGTH) -> float:

@@ -1,16 +1,20 @@
 """What is trained, towards what, and that a cut-off run loses nothing."""
 
 import json
+import re
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
 
-from conversion_scripts import distill, perplexity
+from conversion_scripts import cards, distill, perplexity
 from conversion_scripts.card_facts import THIS_MODEL, read_facts
 from conversion_scripts.convert_llama import convert, is_own
+from tests.two_processes import run_two_processes
 
 from .llama_checkpoints import VOCABULARY, make_tokenizer, save_checkpoint
 
@@ -91,7 +95,9 @@ class TestTransfer:
             _, own = call_of(ours, layer.self_attn)
             target, given = call_of(theirs, original.self_attn)
             output, _ = layer.self_attn(given["hidden_states"], own["position_embeddings"])
-            expected.append((output - target).square().mean() / target.square().mean())
+            # By text: what a batch is made of is no matter.
+            missed, variance = (states.square().mean((1, 2)) for states in (output - target, target))
+            expected.append((missed / variance).mean())
         trainer = trainer_of(distill.TransferTrainer, ours, theirs, tmp_path)
         loss = trainer.compute_loss(ours, {"input_ids": IDS})
         assert loss > 1e-3
@@ -222,6 +228,91 @@ class TestTraining:
         assert read_facts(resumed).stages[-1].training.steps == 4
 
 
+@pytest.mark.parametrize("loss", ["transfer", "cross-entropy", "kl"])
+def test_batches_of_a_step_count_as_one(loss, student, teacher, tmp_path):
+    def gradients(batch_size: int, steps: int) -> dict[str, torch.Tensor]:
+        model, recorded = load(student).float(), {}
+        distill.set_far_bias(model, 0.0)
+        settings = TrainingArguments(
+            tmp_path / "work",
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=steps,
+            max_steps=1,
+            max_grad_norm=0.0,
+            report_to="none",
+            use_cpu=True,
+        )
+        trainer = (distill.TransferTrainer if loss == "transfer" else distill.DistillationTrainer)(
+            model=model,
+            args=settings,
+            train_dataset=[{"input_ids": ids, "labels": ids} for ids in IDS],
+            own_learning_rate=0.1,
+            teacher=None if loss == "cross-entropy" else load(teacher),
+        )
+
+        def record(*args):
+            recorded.update((n, p.grad.clone()) for n, p in model.named_parameters() if p.grad is not None)
+
+        hook = register_optimizer_step_pre_hook(record)
+        trainer.train()
+        hook.remove()
+        return recorded
+
+    together, apart = gradients(2, 1), gradients(1, 2)
+    assert together.keys() == apart.keys()
+    # The order of summation alone is another: float32 keeps 24 bits.
+    for name, gradient in together.items():
+        torch.testing.assert_close(apart[name], gradient, rtol=1e-4, atol=1e-5 * float(gradient.abs().max()), msg=name)
+
+
+# What the second process must not do, it cannot do.
+ONLY_THE_FIRST_WRITES = """
+import os, sys
+from conversion_scripts import distill, perplexity
+if os.environ["RANK"] == "1":
+    distill.atomic_folder = distill.write_card = distill.check_output = perplexity.measure = None
+distill.main(sys.argv[1:])
+"""
+
+
+class TestTwoProcesses:
+    @pytest.mark.parametrize(
+        "extra",
+        [
+            ("--transfer-steps", "4", "--far-bias", "0", "--loss", "kl"),
+            ("--weights", "own", "--far-bias", "0", "--gradient-accumulation-steps", "2"),
+            ("--variant", "softmax", "--steps", "0"),
+        ],
+    )
+    def test_result_is_that_of_one_process(self, extra, student, teacher, text, tmp_path, capsys):
+        def losses(printed: str) -> list[float]:
+            return [float(loss) for loss in re.findall(r"'loss': '([^']+)'", printed)]
+
+        run(student, teacher, text, *extra, "--batch-size", "2").rename(tmp_path / "alone")
+        printed, names = capsys.readouterr().out, {path.name for path in tmp_path.iterdir()}
+        arguments = options(student, teacher, text, *extra, "--batch-size", "1")
+        main, other = run_two_processes("-c", ONLY_THE_FIRST_WRITES, *arguments)
+
+        assert {path.name for path in tmp_path.iterdir()} == names | {"healed"}
+        assert other.stdout == ""
+        assert main.stdout.count("trained parameters") == printed.count("trained parameters")
+        assert main.stdout.count("load it with") == 1
+        alone, together = read_facts(tmp_path / "alone"), read_facts(tmp_path / "healed")
+        for ours, theirs in zip(together.stages[1:], alone.stages[1:], strict=True):
+            assert ours.training.settings.pop("processes") == 2
+            assert ours.training.settings == theirs.training.settings
+            assert (ours.training.steps, ours.training.tokens) == (theirs.training.steps, theirs.training.tokens)
+        assert losses(main.stdout) == pytest.approx(losses(printed), rel=1e-3)  # they are printed with four digits
+        for name, values in alone.perplexity.perplexity.items():
+            assert together.perplexity.perplexity[name] == pytest.approx(values, rel=1e-4), name
+        before, expected, after = (weights(tmp_path / name) for name in ("student", "alone", "healed"))
+        for name in expected:
+            # Adam divides each gradient by its size, and so magnifies the rounding of the smallest ones.
+            start = torch.zeros_like(before[name]) if name.endswith("far_bias") else before[name]
+            atol = 1e-3 * float((expected[name] - start).abs().max())
+            torch.testing.assert_close(after[name], expected[name], rtol=0, atol=atol, msg=name)
+
+
 class TestVariants:
     @pytest.mark.parametrize("facts", ["measurements.json", None])
     def test_softmax_is_the_teacher(self, facts, student, teacher, text):
@@ -233,8 +324,9 @@ class TestVariants:
         assert read_facts(healed).settings["layer_types"] == ["full_attention"] * 2
         assert "full_attention*2" in (healed / "README.md").read_text()
 
-    def test_near_field_has_no_memory_and_trains_nothing_of_it(self, student, teacher, text):
-        healed = run(student, teacher, text, "--variant", "near-field", "--weights", "all", "--far-bias", "0")
+    @pytest.mark.parametrize("extra", [(), ("--bf16",)])
+    def test_near_field_has_no_memory_and_trains_nothing_of_it(self, extra, student, teacher, text):
+        healed = run(student, teacher, text, "--variant", "near-field", "--weights", "all", "--far-bias", "0", *extra)
         model, before = load(healed), weights(student)
         with torch.no_grad(), perplexity.shut_far_field(model):
             shut = model(IDS).logits
@@ -243,6 +335,9 @@ class TestVariants:
         own = [name for name in before if is_own(name, model) and not name.endswith("far_bias")]
         assert own
         assert all(torch.equal(before[name], weights(healed)[name]) for name in own)
+        training = read_facts(healed).stages[-1].training
+        memory = sum(tensor.numel() for name, tensor in before.items() if is_own(name, model))
+        assert training.trainable_parameters == training.parameters - memory
 
     def test_far_field_is_worth_something_where_the_card_says_so(self, student, teacher, text):
         facts = read_facts(run(student, teacher, text, "--far-bias", "0"))
@@ -317,6 +412,23 @@ class TestRefusals:
         with pytest.raises(SystemExit):
             distill.main(options(student, teacher, text, "--batch-size", "0"))
         assert "'0': allowed are whole numbers from 1" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("package", ["accelerate", "peft"])
+    def test_packages_that_are_missing(self, package, student, teacher, text, monkeypatch):
+        monkeypatch.setitem(sys.modules, package, None)
+        match = rf"^distill: .*`{package}`; install it: pip install 'linear-time-transformers\[train\]'$"
+        self.refused(match, student, teacher, text, "--weights", "lora")
+
+    def test_no_model_is_loaded_for_what_its_config_refuses(self, student, teacher, text, monkeypatch):
+        monkeypatch.setattr(perplexity, "load_model", None)
+        self.refused("has no near field", teacher, teacher, text)
+        monkeypatch.setattr(cards, "TEMPLATES", student)
+        self.refused("the template .*kermit.md does not exist", student, teacher, text)
+        monkeypatch.undo()
+        monkeypatch.setattr(perplexity, "load_model", None)
+        (student.parent / "healed").write_text("")
+        with pytest.raises(SystemExit, match="healed is a file; choose a folder"):
+            run(student, teacher, text)
 
     def test_an_output_that_is_there(self, student, teacher, text):
         healed = run(student, teacher, text, "--steps", "1")

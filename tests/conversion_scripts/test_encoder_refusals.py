@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
@@ -23,7 +22,7 @@ from conversion_scripts import (
     encoder_weights,
 )
 from conversion_scripts.checkpoint_files import ConversionError
-from tests.conversion_scripts.encoder_checkpoints import HEADS, outputs, save_checkpoint
+from tests.conversion_scripts.encoder_checkpoints import load, outputs, save_checkpoint
 from tests.conversion_scripts.helpers import REPOSITORY, edit_json, edit_weights
 from tests.conversion_scripts.llama_checkpoints import VOCABULARY
 
@@ -58,7 +57,7 @@ class Conversion:
         assert sorted(self.output.parent.iterdir()) == before
 
     def assert_output_is_whole(self) -> None:
-        converted = getattr(transformers, HEADS["masked-lm"]).from_pretrained(self.output)
+        converted = load(self.output, "masked-lm")
         prompt = torch.randint(
             2, VOCABULARY, (1, 16)
         )  # as many tokens as landmarks, at most: exact everywhere but in-tree

@@ -161,6 +161,13 @@ def test_errors_are_one_line(tmp_path, capsys):
         perplexity.main([str(tmp_path / "absent")])
 
 
+def test_a_model_without_tokenizer(original, tmp_path):
+    for path in (tmp_path / "llama").glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(SystemExit, match=r"^perplexity: .*llama has no tokenizer; put its files there"):
+        perplexity.main([str(tmp_path / "llama")])
+
+
 def test_description_of_the_texts_names_no_folder(tmp_path):
     args = argparse.Namespace(texts=str(tmp_path), min_characters=40_000)
     assert perplexity.describe(args) == f"{tmp_path.name}, first documents of at least 40,000 characters"

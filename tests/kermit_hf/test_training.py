@@ -1,9 +1,6 @@
 """The standard `Trainer`, unmodified."""
 
 import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +10,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
 from kermit_hf import KermitForCausalLM, KermitForSequenceClassification, KermitForTokenClassification
+from tests.two_processes import run_two_processes
 
 from .tiny_models import PAD, VOCABULARY, tiny_config, tiny_model, tokens
 
@@ -310,34 +308,11 @@ class TestTwoProcesses:
         alone.mkdir()
         together.mkdir()
         train_one_step(alone, 8, gradient_checkpointing)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        root = Path(__file__).parents[2]
         code = (
             "import sys; from pathlib import Path; from tests.kermit_hf.test_training import train_one_step; "
             f"train_one_step(Path(sys.argv[1]), 4, {gradient_checkpointing})"
         )
-        environment = {
-            **os.environ,
-            "PYTHONPATH": str(root),
-            "WORLD_SIZE": "2",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "OMP_NUM_THREADS": "1",
-        }
-        processes = [
-            subprocess.Popen(
-                [sys.executable, "-c", code, str(together)],
-                env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-            for rank in range(2)
-        ]
-        outputs = [process.communicate(timeout=300)[0] for process in processes]
-        assert all(process.returncode == 0 for process in processes), "\n".join(outputs)
+        run_two_processes("-c", code, str(together))
         expected = torch.load(alone / "gradients.pt")
         result = torch.load(together / "gradients.pt")
         assert expected.keys() == result.keys()
