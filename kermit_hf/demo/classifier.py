@@ -57,9 +57,9 @@ def classify(args: argparse.Namespace, run: dict) -> None:
     table = accuracy_table(accuracy)
     print(table)
     results = f"""{table}
-The weights are those of step {best} of {args.steps}, where the validation loss is lowest, and the default settings were chosen by the
-validation part of the presidential messages. Test documents are read once, at the end; the language model that was
-fine-tuned may have read any of them before, without labels. {cut} of {len(documents)} documents are cut at {args.max_length:,} tokens.
+The weights are those of step {best} of {args.steps}, where the validation loss is lowest. Test documents are read once,
+at the end; the language model that was fine-tuned may have read any of them before, without labels. {cut} of
+{len(documents)} documents are cut at {args.max_length:,} tokens.
 
 ![loss](loss.png)"""
     fields = {
