@@ -16,6 +16,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from .demo.classifier import classify
 from .demo.language_model import language_model
+from .demo.record import new_run, previous_run
 from .demo.sources import INSTALL, stop
 
 
@@ -52,7 +53,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", **count, help="optimizer steps (default: 400, or 60 to classify)")
     parser.add_argument("--batch-size", **count, default=2, help=f"sequences per step {default}")
     parser.add_argument("--learning-rate", type=float, metavar="X", help="(default: 3e-3, or 1e-3 to classify)")
-    parser.add_argument("--seed", type=int, metavar="N", default=0, help=default)
+    parser.add_argument("--seed", type=at_least(0), metavar="N", default=0, help=default)
     lm = parser.add_argument_group("language model")
     lm.add_argument("--vocab-size", type=at_least(258), metavar="N", default=4096, help=default)
     lm.add_argument("--hidden-size", **count, default=256, help=default)
@@ -71,7 +72,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     documents = parser.add_argument_group("classify")
     documents.add_argument("--model", type=Path, metavar="DIR", default=LM_FOLDER, help=f"what to fine-tune {default}")
-    documents.add_argument("--max-length", **count, default=8192, help=f"tokens kept of a document {default}")
+    documents.add_argument(
+        "--max-length", **count | {"type": at_least(2)}, default=8192, help=f"tokens kept of a document {default}"
+    )
     args = parser.parse_args(argv)
     defaults = {
         "lm": {"output": LM_FOLDER, "steps": 400, "learning_rate": 3e-3},
@@ -90,8 +93,17 @@ def main(argv: Sequence[str] | None = None) -> None:
             stop(f"the package `{package}` is missing: {INSTALL}")
     disable_progress_bar()  # those of saving and loading, which would break into the Trainer's
     sys.stdout.reconfigure(errors="replace")  # not every terminal can print every generated character
+    if args.task == "classify" and not (args.model / "config.json").is_file():
+        stop(
+            f"--model {args.model} holds no checkpoint to fine-tune; make one with `python -m kermit_hf.quickstart`, "
+            "or name the folder of a KERMIT checkpoint"
+        )
+    run = previous_run(args) or new_run(args)
     try:
-        (classify if args.task == "classify" else language_model)(args)
+        if "results" in run:
+            print(f"{args.output} is finished")
+        else:
+            (classify if args.task == "classify" else language_model)(args, run)
     except KeyboardInterrupt:
         stop("interrupted; the same command with --resume continues from the last checkpoint")
 

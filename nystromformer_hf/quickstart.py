@@ -18,8 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 from .demo.classifier import classify
 from .demo.language_model import language_model
 from .demo.record import new_run, previous_run
-from .demo.sources import INSTALL, stop
-from .demo.texts import load_labelled
+from .demo.sources import INSTALL, load_labelled, stop
 
 
 OUTPUT = Path("runs/nystromformer-demo")

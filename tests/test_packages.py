@@ -12,7 +12,7 @@ import nystromformer_hf
 KERMIT = Path(kermit_hf.__file__).parent
 NYSTROMFORMER = Path(nystromformer_hf.__file__).parent
 SHARED = ["checkpoints.py", "validation.py"]
-SHARED_BY_DEMOS = ["generation.py", "record.py", "sources.py", "training.py"]
+SHARED_BY_DEMOS = ["classification.py", "generation.py", "record.py", "sources.py", "training.py"]
 
 
 @pytest.mark.parametrize("name", [*SHARED, *(f"demo/{name}" for name in SHARED_BY_DEMOS)])

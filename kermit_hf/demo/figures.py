@@ -6,7 +6,7 @@ from pathlib import Path
 COLOURS = {"KERMIT": "#1264a3", "softmax": "#d1603d"}
 
 
-def plot_loss(logs: dict[str, list[dict]], path: Path) -> None:
+def plot_loss(logs: dict[str, list[dict]], title: str, path: Path) -> None:
     """Training and validation loss of each model against steps."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -17,7 +17,7 @@ def plot_loss(logs: dict[str, list[dict]], path: Path) -> None:
         for key, part, style in (("loss", "training", {"alpha": 0.4}), ("eval_loss", "validation", {"marker": "o"})):
             points = [(entry["step"], entry[key]) for entry in log if key in entry]
             axes.plot(*zip(*points, strict=True), color=COLOURS[name], label=f"{name}, {part}", markersize=4, **style)
-    axes.set(xlabel="optimizer steps", ylabel="loss (nats per token)", title="Same size, same data, same steps")
+    axes.set(xlabel="optimizer steps", ylabel="loss (nats)", title=title)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.25)
     axes.legend()

@@ -18,7 +18,7 @@ from .card import write_card
 from .costs import decoding_cost
 from .figures import plot_loss, plot_memory
 from .generation import generate
-from .record import close_run, new_run, previous_run, stage
+from .record import close_run, stage
 from .texts import load_corpus, token_blocks, train_tokenizer
 from .training import fit
 
@@ -44,9 +44,8 @@ def build_model(tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace, so
     return KermitForCausalLM(config)
 
 
-def language_model(args: argparse.Namespace) -> None:
+def language_model(args: argparse.Namespace, run: dict) -> None:
     """Train KERMIT and its softmax twin on the same text, compare them, save, reload, generate, measure."""
-    run = previous_run(args) or new_run(args)
     with stage("text and tokenizer", run):
         corpus = load_corpus(args.data)
         if args.resume and (args.output / "tokenizer.json").is_file():
@@ -71,7 +70,7 @@ def language_model(args: argparse.Namespace) -> None:
         with stage(f"{name} evaluation", run):
             perplexity[name] = math.exp(trainer.evaluate(test, metric_key_prefix="test")["test_loss"])
             print(f"{name}: perplexity {perplexity[name]:.1f} on held-out text")
-    plot_loss(logs, args.output / "loss.png")
+    plot_loss(logs, "Same size, same data, same steps", args.output / "loss.png")
 
     with stage("save and reload", run):
         trained = networks["KERMIT"].eval()

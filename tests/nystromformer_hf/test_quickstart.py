@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from nystromformer_hf import NystromformerHFForSequenceClassification, quickstart
-from nystromformer_hf.demo.classifier import stratified_split
+from nystromformer_hf.demo.classification import stratified_split
 from nystromformer_hf.demo.costs import training_cost
 from nystromformer_hf.demo.generation import cache_bytes
 from nystromformer_hf.demo.language_model import language_models
