@@ -12,8 +12,8 @@ Backwards `write` and `carry`, given queries and the gradients of what they read
 the last chunk to the first; one more kernel finds the gradient of the queries and one that of keys and values.
 
 A block of features is a product of two coordinates chosen from each row by matrices of zeros and ones, times coefficients:
-the choice and its transpose, which the gradient needs, are matrix products. Operands of matrix products have the dtype of
-the values (float32 is kept to nearly all its digits), sums are float32.
+the choice and its transpose, which the gradient needs, are matrix products. Operands of matrix products are bfloat16 where
+the values are, else float32, kept to nearly all its digits by three products of TF32; sums are float32.
 """
 
 from functools import lru_cache
@@ -32,10 +32,13 @@ except ImportError as error:
     raise ImportError("kermit_hf.taylor_triton needs the package triton: pip install triton") from error
 
 
-# Rows of a tile of tokens and columns of a block of features; a matrix product wants 16 at least.
+# Tokens of a tile, at most, and features of a block: with 64 features, registers spill. A matrix product wants 16 at least.
 ROWS = 64
-FEATURES = 64
+FEATURES = 32
 SMALLEST = 16
+# Largest sizes that the kernels are compiled for.
+MAX_COORDINATES = 64
+MAX_HEAD_DIM = 256
 # Elements of the memory that one program carries from chunk to chunk.
 CARRIED = 1024
 
@@ -62,7 +65,9 @@ def taylor_chunked(
         matrix = torch.zeros(*shape, head_dim, dtype=torch.float32, device=value.device)
         memory = KernelMemory(matrix, torch.zeros(shape, dtype=torch.float32, device=value.device))
     chunk_size = chunk_size or default_chunk_size(num_features, length)
-    query, key = query.to(value.dtype), key.to(value.dtype)
+    # float16 does not reach as far as sums over a long text.
+    dtype = torch.bfloat16 if value.dtype == torch.bfloat16 else torch.float32
+    query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     numerator, denominator, *last = _TaylorChunks.apply(query, key, value, log_forget, *memory, key_mask, chunk_size)
     return KernelReadout(numerator, denominator, KernelMemory(*last))
 
@@ -152,12 +157,9 @@ class _TaylorChunks(torch.autograd.Function):
             grad_matrices, grad_normalizers = _write(query, *grads, gates.decay_in, key.shape[1], chunk_size)
             first_matrix = _carry(grad_matrices, gates.decay_all, grad_matrix, reverse=True)
             first_normalizer = _carry(grad_normalizers, gates.decay_all, grad_normalizer, reverse=True)
-            grad_query, query_decay = _query_gradient(
-                query, key, value, gates, matrices, normalizers, *grads, chunk_size
-            )
-            grad_key, grad_value, key_decay = _key_gradient(
-                query, key, value, gates, grad_matrices, grad_normalizers, *grads, chunk_size
-            )
+            before, after = (matrices, normalizers), (grad_matrices, grad_normalizers)
+            grad_query, query_decay = _query_gradient(query, key, value, gates, before, grads, chunk_size)
+            grad_key, grad_value, key_decay = _key_gradient(query, key, value, gates, after, grads, chunk_size)
         grad_log_forget = None
         if gates.coarse is not None:
             # A memory decays as a whole: its gradient along itself is that of the log decay of the chunk before it.
@@ -188,23 +190,14 @@ def _write(
     chunk_size: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Of each chunk: sum_t weight_t phi(states_t) rows_t^T, and sum_t weight_t sums_t phi(states_t), sums being one if None."""
-    batch, heads, length, coordinates = states.shape
-    head_dim, expansion = rows.shape[3], _expansion(coordinates, states.device)
-    chunks, features = triton.cdiv(length, chunk_size), len(expansion.first)
-    matrices = states.new_empty(batch, kv_heads, chunks, features, head_dim, dtype=torch.float32)
-    normalizers = states.new_empty(batch, kv_heads, chunks, features, dtype=torch.float32)
-    grid = chunks, triton.cdiv(features, FEATURES), batch * kv_heads
-    _write_kernel[grid](
-        states,
-        rows,
-        sums,
-        weight,
-        *expansion,
-        matrices,
-        normalizers,
-        length,
-        **_sizes(states, head_dim, kv_heads, chunk_size),
-    )
+    (batch, _, length, coordinates), head_dim = states.shape, rows.shape[3]
+    sizes = _sizes(states, head_dim, kv_heads, chunk_size)
+    shape = batch, kv_heads, triton.cdiv(length, chunk_size), sizes["NUM_FEATURES"]
+    matrices = states.new_empty(*shape, head_dim, dtype=torch.float32)
+    normalizers = states.new_empty(shape, dtype=torch.float32)
+    grid = shape[2], triton.cdiv(shape[3], FEATURES), batch * kv_heads
+    expansion = _expansion(coordinates, states.device)
+    _write_kernel[grid](states, rows, sums, weight, *expansion, matrices, normalizers, length, **sizes)
     return matrices, normalizers
 
 
@@ -213,88 +206,87 @@ def _carry(
 ) -> torch.Tensor:
     """Replaces what each chunk adds by the memory before it, starting from `initial`; returns the memory after the last.
     `reverse`: from the last chunk to the first."""
-    last = torch.empty_like(initial, memory_format=torch.contiguous_format)
-    size, heads = last[0, 0].numel(), memories.shape[0] * memories.shape[1]
-    grid = triton.cdiv(size, CARRIED), heads
-    _carry_kernel[grid](
-        memories, decay, initial.contiguous(), last, memories.shape[2], size, reverse, CARRIED, num_warps=4
-    )
+    initial = initial.float().contiguous()
+    last = torch.empty_like(initial)
+    size = last[0, 0].numel()
+    grid = triton.cdiv(size, CARRIED), memories.shape[0] * memories.shape[1]
+    _carry_kernel[grid](memories, decay, initial, last, memories.shape[2], size, REVERSE=reverse, CARRIED=CARRIED)
     return last
 
 
-def _read(query, key, value, gates, matrices, normalizers, chunk_size):
-    (batch, heads, length, coordinates), head_dim = query.shape, value.shape[3]
-    numerator = query.new_empty(batch, heads, length, head_dim, dtype=torch.float32)
-    denominator = query.new_empty(batch, heads, length, dtype=torch.float32)
-    _read_kernel[triton.cdiv(length, ROWS), batch * heads](
-        query,
-        key,
-        value,
-        *gates[:4],
-        *_expansion(coordinates, query.device),
-        matrices,
-        normalizers,
-        numerator,
-        denominator,
-        length,
-        **_sizes(query, head_dim, key.shape[1], chunk_size),
+def _read(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    gates: Gates,
+    matrices: torch.Tensor,
+    normalizers: torch.Tensor,
+    chunk_size: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Numerators (batch, heads, seq, head_dim) and denominators (batch, heads, seq)."""
+    (*shape, coordinates), head_dim = query.shape, value.shape[3]
+    sizes = _sizes(query, head_dim, key.shape[1], chunk_size)
+    numerator = query.new_empty(*shape, head_dim, dtype=torch.float32)
+    denominator = query.new_empty(shape, dtype=torch.float32)
+    expansion = _expansion(coordinates, query.device)
+    memories = matrices, normalizers
+    _read_kernel[_tiles(query, sizes)](
+        query, key, value, *gates[:4], *expansion, *memories, numerator, denominator, shape[2], **sizes
     )
     return numerator, denominator
 
 
-def _query_gradient(query, key, value, gates, matrices, normalizers, grad_numerator, grad_denominator, chunk_size):
-    """Gradient of the queries, and of the log of the decay that each of them reads through, (batch, heads, seq)."""
-    batch, heads, length, coordinates = query.shape
+def _query_gradient(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    gates: Gates,
+    memories: tuple[torch.Tensor, torch.Tensor],
+    grads: tuple[torch.Tensor, torch.Tensor],
+    chunk_size: int,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Gradient of the queries, and of the log of the decay through which each of them reads, (batch, heads, seq).
+
+    memories: before each chunk; grads: of numerators and denominators."""
+    sizes = _sizes(query, value.shape[3], key.shape[1], chunk_size)
     grad_query = torch.empty_like(query)
-    grad_decay = None if gates.coarse is None else torch.empty_like(grad_denominator)
-    _query_gradient_kernel[triton.cdiv(length, ROWS), batch * heads](
-        query,
-        key,
-        value,
-        *gates[:4],
-        *_expansion(coordinates, query.device),
-        matrices,
-        normalizers,
-        grad_numerator,
-        grad_denominator,
-        grad_query,
-        grad_decay,
-        length,
-        **_sizes(query, value.shape[3], key.shape[1], chunk_size),
+    grad_decay = None if gates.coarse is None else torch.empty_like(grads[1])
+    expansion = _expansion(query.shape[3], query.device)
+    _query_gradient_kernel[_tiles(query, sizes)](
+        query, key, value, *gates[:4], *expansion, *memories, *grads, grad_query, grad_decay, query.shape[2], **sizes
     )
     return grad_query, grad_decay
 
 
 def _key_gradient(
-    query, key, value, gates, grad_matrices, grad_normalizers, grad_numerator, grad_denominator, chunk_size
-):
-    """Gradients of keys and values, and of the log of the factor with which each of them is read, (batch, kv_heads, seq)."""
-    batch, kv_heads, length, coordinates = key.shape
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    gates: Gates,
+    grad_memories: tuple[torch.Tensor, torch.Tensor],
+    grads: tuple[torch.Tensor, torch.Tensor],
+    chunk_size: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Gradients of keys and values, and of the log of the factor with which each of them is read, (batch, kv_heads, seq).
+
+    grad_memories: after each chunk; grads: of numerators and denominators."""
+    sizes = _sizes(query, value.shape[3], key.shape[1], chunk_size)
     grad_key, grad_value = torch.empty_like(key), torch.empty_like(value)
     grad_decay = None if gates.coarse is None else key.new_empty(key.shape[:3], dtype=torch.float32)
-    _key_gradient_kernel[triton.cdiv(length, ROWS), batch * kv_heads](
-        query,
-        key,
-        value,
-        *gates[:3],
-        gates.write,
-        *_expansion(coordinates, key.device),
-        grad_matrices,
-        grad_normalizers,
-        grad_numerator,
-        grad_denominator,
-        grad_key,
-        grad_value,
-        grad_decay,
-        length,
-        **_sizes(query, value.shape[3], kv_heads, chunk_size),
-    )
+    inputs = query, key, value, *gates[:3], gates.write, *_expansion(key.shape[3], key.device), *grad_memories, *grads
+    _key_gradient_kernel[_tiles(key, sizes)](*inputs, grad_key, grad_value, grad_decay, key.shape[2], **sizes)
     return grad_key, grad_value, grad_decay
+
+
+def _tiles(states: torch.Tensor, sizes: dict[str, object]) -> tuple[int, int]:
+    """One program for each tile of each head."""
+    return triton.cdiv(states.shape[2], sizes["ROWS"]), states.shape[0] * states.shape[1]
 
 
 def _sizes(states: torch.Tensor, head_dim: int, kv_heads: int, chunk_size: int) -> dict[str, object]:
     """What the kernels are compiled for."""
     heads, coordinates = states.shape[1], states.shape[3]
+    large = states.dtype == torch.float32 or head_dim > 128
     return {
         "SCALE": coordinates**-0.5,
         "GROUPS": heads // kv_heads,
@@ -305,7 +297,7 @@ def _sizes(states: torch.Tensor, head_dim: int, kv_heads: int, chunk_size: int) 
         "COORDINATES": max(triton.next_power_of_2(coordinates), SMALLEST),
         "FEATURES": FEATURES,
         "DIM": max(triton.next_power_of_2(head_dim), SMALLEST),
-        "ROWS": ROWS,
+        "ROWS": ROWS // 2 if large else ROWS,
         "num_warps": 4 if head_dim <= 64 else 8,
         "num_stages": 2,
     }
@@ -653,10 +645,10 @@ def _key_gradient_kernel(
         grad_state += _put_back(grad * right_state, left, COORDINATES, dtype)
         grad_state += _put_back(grad * left_state, right, COORDINATES, dtype)
     if write is not None:
-        weight = tl.load(write + gate_rows + keys)
-        grad_state *= weight[:, None]
-        grad_value *= weight[:, None]
-        grad_decay *= weight
+        written = tl.load(write + gate_rows + keys)
+        grad_state *= written[:, None]
+        grad_value *= written[:, None]
+        grad_decay *= written
 
     for group in range(GROUPS):
         query_rows = (head * GROUPS + group) * length
