@@ -19,10 +19,12 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
+from packaging.version import Version
 
 from .feature_maps import FeatureMap, TaylorFeatureMap
 from .kernel_attention import KernelReadout
@@ -136,9 +138,7 @@ def _misfit(name: str, device: torch.device) -> str | None:
     if torch.version.hip or torch.cuda.get_device_capability(device) < (8, 0):
         return f"{torch.cuda.get_device_name(device)} is not supported; take an NVIDIA GPU of compute capability 8.0 or later"
     if name == "fla" and torch.cuda.get_device_capability(device)[0] == 9:
-        import triton
-
-        version = tuple(int(part) for part in triton.__version__.split(".")[:3])
-        if (3, 4) <= version < (3, 7, 1):
-            return f"triton {triton.__version__} computes its gated rules wrongly on this GPU; install triton 3.7.1 or later"
+        installed = Version(import_module("triton").__version__)
+        if Version("3.4") <= installed < Version("3.7.1"):
+            return f"triton {installed} computes its gated rules wrongly on this GPU; install triton 3.7.1 or later"
     return None

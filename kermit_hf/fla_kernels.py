@@ -2,17 +2,20 @@
 
 The package wants (batch, seq, heads, dim), as many heads of keys as of queries, and an even number of features and
 values. It has no normaliser: a column of ones beside the values collects it. Its `scale` is one, its gates are log decays,
-as ours. Products are those of the values' dtype.
+as ours. Operands of products get the dtype of
+the values.
 """
 
 import torch
 import torch.nn.functional as F
 
-from .kernel_attention import MIN_LOG_DECAY, KernelMemory, KernelReadout
+from .kernel_attention import MIN_LOG_DECAY, KernelMemory, KernelReadout, delta_chunked
 
 
 # Rows of features and values are padded to whole multiples of this many, 32 bytes in bfloat16.
 ALIGNMENT = 16
+# What the package's kernels of the delta rule hold at once.
+MAX_DELTA_FEATURES = 256
 
 
 def fla_additive_chunked(
@@ -38,7 +41,10 @@ def fla_delta_chunked(
     log_forget: torch.Tensor | None = None,
     memory: KernelMemory | None = None,
 ) -> KernelReadout:
-    """`delta_chunked`, by `chunk_delta_rule` or, with a forget gate, `chunk_gated_delta_rule`."""
+    """`delta_chunked`, by `chunk_delta_rule` or, with a forget gate, `chunk_gated_delta_rule`; itself where there are more
+    features than these take."""
+    if key.shape[3] > MAX_DELTA_FEATURES:
+        return delta_chunked(query, key, value, write_strength, log_forget, memory)
     name, gates = "chunk_delta_rule", {"beta": write_strength}
     if log_forget is not None:
         name, gates = "chunk_gated_delta_rule", gates | {"g": log_forget.clamp(min=2 * MIN_LOG_DECAY)}
