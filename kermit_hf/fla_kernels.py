@@ -2,8 +2,7 @@
 
 The package wants (batch, seq, heads, dim), as many heads of keys as of queries, and an even number of features and
 values. It has no normaliser: a column of ones beside the values collects it. Its `scale` is one, its gates are log decays,
-as ours. Operands of products get the dtype of
-the values.
+as ours. Operands of products get the dtype of the values.
 """
 
 import torch
