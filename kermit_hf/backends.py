@@ -1,4 +1,4 @@
-"""On whose kernels the chunked forms of kernel attention run: PyTorch's, our own in Triton, or flash-linear-attention's.
+"""On whose kernels the attention of whole texts runs: PyTorch's, our own in Triton, or flash-linear-attention's.
 
 Left alone, tensors on a CPU are PyTorch's. On a GPU, outside of `torch.compile`, "triton" takes what it has a kernel for,
 then "fla" where it is installed, and PyTorch the rest. To choose one, for tests and comparisons:
@@ -9,8 +9,9 @@ then "fla" where it is installed, and PyTorch the rest. To choose one, for tests
 or set the environment variable KERMIT_BACKEND. A chosen backend still leaves to PyTorch what it has no kernel for, and it
 raises `ValueError` where it cannot run at all.
 
-    triton   additive rule with the feature map "taylor", up to 64 coordinates and heads of 256
-    fla      both rules with any feature map (delta: up to 256 features), in bfloat16
+    triton   far field: the additive rule with the feature map "taylor", up to 64 coordinates; near field, merged with any far
+             field; heads up to 256 in bfloat16, 128 in other dtypes
+    fla      far field: both rules with any feature map (delta: up to 256 features), in bfloat16
 
 Single tokens (decoding) and explicit weights always are PyTorch's.
 """
@@ -28,11 +29,15 @@ from packaging.version import Version
 
 from .feature_maps import FeatureMap, TaylorFeatureMap
 from .kernel_attention import KernelReadout
+from .window_attention import WindowOutput, window_blocked
 
 
 BACKENDS = ("torch", "triton", "fla")
 PACKAGES = {"triton": ("triton",), "fla": ("fla-core", "triton")}
 MODULES = {"fla-core": "fla"}
+# Up to where tiles of our own kernels fit into a GPU's shared memory; head_dim by dtype, float16 being treated as float32.
+MAX_HEAD_DIM = {torch.bfloat16: 256, torch.float16: 128, torch.float32: 128}
+MAX_COORDINATES, MAX_SINKS = 64, 128
 
 # Read once: `torch.compile` cannot look into the environment.
 _chosen: str | None = os.environ.get("KERMIT_BACKEND") or None
@@ -64,10 +69,24 @@ def kernel_backend(name: str | None) -> Iterator[None]:
         _chosen = before
 
 
+def find_window(query: torch.Tensor, num_sinks: int) -> Callable[..., WindowOutput]:
+    """The form of the near field for these queries, (batch, heads, seq, head_dim): `window_blocked` or one in its place.
+
+    Raises `ValueError` if the chosen backend cannot run on their device.
+    """
+    if _chosen is None and not query.is_cuda:
+        return window_blocked
+    if _serves("triton", query) and _fits_tiles(query) and num_sinks <= MAX_SINKS:
+        from .window_triton import window_merged
+
+        return window_merged
+    return window_blocked
+
+
 def find_kernel(
     update_rule: str, map_queries: Callable, map_keys: Callable, query: torch.Tensor, value: torch.Tensor
 ) -> Kernel | None:
-    """What to run instead of PyTorch's chunked form; None where there is nothing.
+    """What to run instead of PyTorch's chunked form of the far field; None where there is nothing.
 
     map_queries, map_keys: methods of a `FeatureMap`. query, value: (batch, heads, seq, head_dim), before the feature map.
     Raises `ValueError` if the chosen backend cannot run on their device.
@@ -91,10 +110,13 @@ def _has_triton_kernel(update_rule: str, feature_map: FeatureMap | None, value: 
     return (
         update_rule == "additive"
         and type(feature_map) is TaylorFeatureMap
-        and feature_map.feature_dim <= 64
-        and value.shape[-1] <= 256
-        and value.dtype != torch.float64
+        and feature_map.feature_dim <= MAX_COORDINATES
+        and _fits_tiles(value)
     )
+
+
+def _fits_tiles(states: torch.Tensor) -> bool:
+    return states.shape[-1] <= MAX_HEAD_DIM.get(states.dtype, 0)
 
 
 def _serves(name: str, tensor: torch.Tensor) -> bool:

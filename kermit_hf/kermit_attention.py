@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .backends import find_kernel
+from .backends import find_kernel, find_window
 from .kernel_attention import (
     KernelMemory,
     KernelReadout,
@@ -227,7 +227,13 @@ def _attend(
     sinks = None
     if num_slots > window_size and slots.sink_keys.shape[2] > 0:
         sinks = _sinks(query, slots, window_size, cos, sin, scaling)
-    window = window_reference if explicit else window_step if length == 1 and is_causal else window_blocked
+    if explicit:
+        window = window_reference
+    elif length == 1 and is_causal:
+        window = window_step
+    else:
+        # A window over everything is ordinary attention, which torch has a kernel for.
+        window = find_window(query, slots.sink_keys.shape[2]) if num_slots > window_size else window_blocked
     near = window(
         turned_query,
         rotate(slots.keys, cos[:num_slots], sin[:num_slots]),

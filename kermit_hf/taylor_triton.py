@@ -23,22 +23,12 @@ import torch
 import torch.nn.functional as F
 
 from .kernel_attention import KernelMemory, KernelReadout, chunk_decays, cumulative_log_decay
+from .triton_tiles import dot, load, padded, store, tile_dtype, tl, triton
 
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError as error:
-    raise ImportError("kermit_hf.taylor_triton needs the package triton: pip install triton") from error
-
-
-# Tokens of a tile, at most, and features of a block: with 64 features, registers spill. A matrix product wants 16 at least.
+# Tokens of a tile, at most, and features of a block: with 64 features, registers spill.
 ROWS = 64
 FEATURES = 32
-SMALLEST = 16
-# Largest sizes that the kernels are compiled for.
-MAX_COORDINATES = 64
-MAX_HEAD_DIM = 256
 # Elements of the memory that one program carries from chunk to chunk.
 CARRIED = 1024
 
@@ -65,8 +55,8 @@ def taylor_chunked(
         matrix = torch.zeros(*shape, head_dim, dtype=torch.float32, device=value.device)
         memory = KernelMemory(matrix, torch.zeros(shape, dtype=torch.float32, device=value.device))
     chunk_size = chunk_size or default_chunk_size(num_features, length)
-    # float16 does not reach as far as sums over a long text.
-    dtype = torch.bfloat16 if value.dtype == torch.bfloat16 else torch.float32
+    # The coordinates come in float32, however precise they are.
+    dtype = tile_dtype(value)
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     numerator, denominator, *last = _TaylorChunks.apply(query, key, value, log_forget, *memory, key_mask, chunk_size)
     return KernelReadout(numerator, denominator, KernelMemory(*last))
@@ -286,7 +276,8 @@ def _tiles(states: torch.Tensor, sizes: dict[str, object]) -> tuple[int, int]:
 def _sizes(states: torch.Tensor, head_dim: int, kv_heads: int, chunk_size: int) -> dict[str, object]:
     """What the kernels are compiled for."""
     heads, coordinates = states.shape[1], states.shape[3]
-    large = states.dtype == torch.float32 or head_dim > 128
+    # Wider tiles do not fit into the registers, nor into the shared memory of smaller GPUs.
+    narrow = states.dtype == torch.bfloat16 and head_dim <= 128
     return {
         "SCALE": coordinates**-0.5,
         "GROUPS": heads // kv_heads,
@@ -294,57 +285,30 @@ def _sizes(states: torch.Tensor, head_dim: int, kv_heads: int, chunk_size: int) 
         "NUM_COORDINATES": coordinates,
         "NUM_FEATURES": 1 + coordinates + coordinates * (coordinates + 1) // 2,
         "HEAD_DIM": head_dim,
-        "COORDINATES": max(triton.next_power_of_2(coordinates), SMALLEST),
+        "COORDINATES": padded(coordinates),
         "FEATURES": FEATURES,
-        "DIM": max(triton.next_power_of_2(head_dim), SMALLEST),
-        "ROWS": ROWS // 2 if large else ROWS,
+        "DIM": padded(head_dim),
+        "ROWS": ROWS if narrow else ROWS // 2,
         "num_warps": 4 if head_dim <= 64 else 8,
         "num_stages": 2,
     }
 
 
-# Helpers of the kernels. Rows and columns are vectors of indices; matrices in memory are contiguous.
-
-
-@triton.jit
-def _load(pointer, rows, columns, num_rows, num_columns: tl.constexpr):
-    """Entries of a matrix (num_rows, num_columns), zero outside of it."""
-    inside = (rows < num_rows)[:, None] & (columns < num_columns)[None, :]
-    return tl.load(pointer + rows[:, None] * num_columns + columns[None, :], mask=inside, other=0.0)
-
-
-@triton.jit
-def _store(pointer, entries, rows, columns, num_rows, num_columns: tl.constexpr):
-    inside = (rows < num_rows)[:, None] & (columns < num_columns)[None, :]
-    entries = entries.to(pointer.dtype.element_ty)
-    tl.store(pointer + rows[:, None] * num_columns + columns[None, :], entries, mask=inside)
-
-
-# Triton's interpreter takes the bits of bfloat16 for whole numbers where it multiplies matrices.
-INTERPRETED = tl.constexpr(not isinstance(_load, triton.JITFunction))
-
-
-@triton.jit
-def _dot(left, right, dtype: tl.constexpr):
-    """Matrix product of operands rounded to `dtype`, summed in float32."""
-    left, right = left.to(dtype), right.to(dtype)
-    if INTERPRETED:
-        left, right = left.to(tl.float32), right.to(tl.float32)
-    return tl.dot(left, right, input_precision="tf32x3")
+# Helpers of the kernels.
 
 
 @triton.jit
 def _choose(states, choice, COORDINATES: tl.constexpr, dtype: tl.constexpr):
     """The coordinate of each row that `choice` names, 1 for -1: (rows, choices)."""
     chosen = (tl.arange(0, COORDINATES)[:, None] == choice[None, :]).to(tl.float32)
-    return _dot(states, chosen, dtype) + tl.where(choice == -1, 1.0, 0.0)[None, :]
+    return dot(states, chosen, dtype) + tl.where(choice == -1, 1.0, 0.0)[None, :]
 
 
 @triton.jit
 def _put_back(grads, choice, COORDINATES: tl.constexpr, dtype: tl.constexpr):
     """The transpose of `_choose`: (rows, choices) -> (rows, COORDINATES)."""
     chosen = (choice[:, None] == tl.arange(0, COORDINATES)[None, :]).to(tl.float32)
-    return _dot(grads, chosen, dtype)
+    return dot(grads, chosen, dtype)
 
 
 @triton.jit
@@ -409,18 +373,18 @@ def _write_kernel(
         token_rows = (head * GROUPS + group) * length
         for start in range(0, CHUNK, ROWS):
             tokens = chunk * CHUNK + start + tl.arange(0, ROWS)
-            state = _load(states + token_rows * NUM_COORDINATES, tokens, columns, length, NUM_COORDINATES)
+            state = load(states + token_rows * NUM_COORDINATES, tokens, columns, length, NUM_COORDINATES)
             expanded = _choose(state, left, COORDINATES, dtype) * _choose(state, right, COORDINATES, dtype)
             expanded = tl.where((tokens < length)[:, None], expanded * factor[None, :], 0.0)
             if weight is not None:
                 expanded *= tl.load(weight + head * tl.num_programs(0) * CHUNK + tokens)[:, None]
-            row = _load(rows + token_rows * HEAD_DIM, tokens, dims, length, HEAD_DIM)
-            matrix += _dot(tl.trans(expanded), row, dtype)
+            row = load(rows + token_rows * HEAD_DIM, tokens, dims, length, HEAD_DIM)
+            matrix += dot(tl.trans(expanded), row, dtype)
             if sums is not None:
                 expanded *= tl.load(sums + token_rows + tokens, mask=tokens < length, other=0.0)[:, None]
             normalizer += tl.sum(expanded, 0)
     memory = (head * tl.num_programs(0) + chunk) * NUM_FEATURES
-    _store(matrices + memory * HEAD_DIM, matrix, features, dims, NUM_FEATURES, HEAD_DIM)
+    store(matrices + memory * HEAD_DIM, matrix, features, dims, NUM_FEATURES, HEAD_DIM)
     tl.store(normalizers + memory + features, normalizer, mask=features < NUM_FEATURES)
 
 
@@ -478,7 +442,7 @@ def _read_kernel(
     num_chunks = tl.cdiv(length, CHUNK)
     gate_rows = head * num_chunks * CHUNK
     memory = (head * num_chunks + chunk) * NUM_FEATURES
-    state = _load(query + query_head * length * NUM_COORDINATES, queries, columns, length, NUM_COORDINATES)
+    state = load(query + query_head * length * NUM_COORDINATES, queries, columns, length, NUM_COORDINATES)
 
     numerator = tl.zeros([ROWS, DIM], tl.float32)
     denominator = tl.zeros([ROWS], tl.float32)
@@ -487,9 +451,9 @@ def _read_kernel(
         left, right, factor = _load_expansion(first, second, coefficient, features, NUM_FEATURES)
         expanded = _choose(state, left, COORDINATES, dtype) * _choose(state, right, COORDINATES, dtype)
         expanded *= factor[None, :]
-        matrix = _load(matrices + memory * HEAD_DIM, features, dims, NUM_FEATURES, HEAD_DIM)
+        matrix = load(matrices + memory * HEAD_DIM, features, dims, NUM_FEATURES, HEAD_DIM)
         normalizer = tl.load(normalizers + memory + features, mask=features < NUM_FEATURES, other=0.0)
-        numerator += _dot(expanded, matrix, dtype)
+        numerator += dot(expanded, matrix, dtype)
         denominator += tl.sum(expanded * normalizer[None, :], 1)
     if decay_in is not None:
         decay = tl.load(decay_in + gate_rows + queries)
@@ -498,13 +462,13 @@ def _read_kernel(
 
     for start in range(chunk * CHUNK, (tile + 1) * ROWS, ROWS):
         keys = start + tl.arange(0, ROWS)
-        key_state = _load(key + head * length * NUM_COORDINATES, keys, columns, length, NUM_COORDINATES)
-        values = _load(value + head * length * HEAD_DIM, keys, dims, length, HEAD_DIM)
-        score = _dot(state, tl.trans(key_state), dtype) * SCALE
+        key_state = load(key + head * length * NUM_COORDINATES, keys, columns, length, NUM_COORDINATES)
+        values = load(value + head * length * HEAD_DIM, keys, dims, length, HEAD_DIM)
+        score = dot(state, tl.trans(key_state), dtype) * SCALE
         weight = (1.0 + score + 0.5 * score * score) * _decay(coarse, fine, keep, gate_rows, queries, keys, length)
-        numerator += _dot(weight, values, dtype)
+        numerator += dot(weight, values, dtype)
         denominator += tl.sum(weight, 1)
-    _store(numerators + query_head * length * HEAD_DIM, numerator, queries, dims, length, HEAD_DIM)
+    store(numerators + query_head * length * HEAD_DIM, numerator, queries, dims, length, HEAD_DIM)
     tl.store(denominators + query_head * length + queries, denominator, mask=queries < length)
 
 
@@ -547,8 +511,8 @@ def _query_gradient_kernel(
     num_chunks = tl.cdiv(length, CHUNK)
     gate_rows = head * num_chunks * CHUNK
     memory = (head * num_chunks + chunk) * NUM_FEATURES
-    state = _load(query + query_head * length * NUM_COORDINATES, queries, columns, length, NUM_COORDINATES)
-    grad_numerator = _load(grad_numerators + query_head * length * HEAD_DIM, queries, dims, length, HEAD_DIM)
+    state = load(query + query_head * length * NUM_COORDINATES, queries, columns, length, NUM_COORDINATES)
+    grad_numerator = load(grad_numerators + query_head * length * HEAD_DIM, queries, dims, length, HEAD_DIM)
     grad_numerator = grad_numerator.to(dtype)
     grad_denominator = tl.load(grad_denominators + query_head * length + queries, mask=queries < length, other=0.0)
 
@@ -559,9 +523,9 @@ def _query_gradient_kernel(
         left, right, factor = _load_expansion(first, second, coefficient, features, NUM_FEATURES)
         left_state = _choose(state, left, COORDINATES, dtype)
         right_state = _choose(state, right, COORDINATES, dtype)
-        matrix = _load(matrices + memory * HEAD_DIM, features, dims, NUM_FEATURES, HEAD_DIM)
+        matrix = load(matrices + memory * HEAD_DIM, features, dims, NUM_FEATURES, HEAD_DIM)
         normalizer = tl.load(normalizers + memory + features, mask=features < NUM_FEATURES, other=0.0)
-        grad = _dot(grad_numerator, tl.trans(matrix), dtype) + grad_denominator[:, None] * normalizer[None, :]
+        grad = dot(grad_numerator, tl.trans(matrix), dtype) + grad_denominator[:, None] * normalizer[None, :]
         grad *= factor[None, :]
         grad_decay += tl.sum(grad * left_state * right_state, 1)
         grad_state += _put_back(grad * right_state, left, COORDINATES, dtype)
@@ -573,14 +537,14 @@ def _query_gradient_kernel(
 
     for start in range(chunk * CHUNK, (tile + 1) * ROWS, ROWS):
         keys = start + tl.arange(0, ROWS)
-        key_state = _load(key + head * length * NUM_COORDINATES, keys, columns, length, NUM_COORDINATES)
-        values = _load(value + head * length * HEAD_DIM, keys, dims, length, HEAD_DIM)
-        score = _dot(state, tl.trans(key_state), dtype) * SCALE
-        grad = _dot(grad_numerator, tl.trans(values), dtype) + grad_denominator[:, None]
+        key_state = load(key + head * length * NUM_COORDINATES, keys, columns, length, NUM_COORDINATES)
+        values = load(value + head * length * HEAD_DIM, keys, dims, length, HEAD_DIM)
+        score = dot(state, tl.trans(key_state), dtype) * SCALE
+        grad = dot(grad_numerator, tl.trans(values), dtype) + grad_denominator[:, None]
         grad *= _decay(coarse, fine, keep, gate_rows, queries, keys, length)
         grad_decay += tl.sum(grad * (1.0 + score + 0.5 * score * score), 1)
-        grad_state += _dot(grad * (1.0 + score) * SCALE, key_state, dtype)
-    _store(grad_queries + query_head * length * NUM_COORDINATES, grad_state, queries, columns, length, NUM_COORDINATES)
+        grad_state += dot(grad * (1.0 + score) * SCALE, key_state, dtype)
+    store(grad_queries + query_head * length * NUM_COORDINATES, grad_state, queries, columns, length, NUM_COORDINATES)
     if grad_decays is not None:
         tl.store(grad_decays + query_head * length + queries, grad_decay, mask=queries < length)
 
@@ -625,8 +589,8 @@ def _key_gradient_kernel(
     num_chunks = tl.cdiv(length, CHUNK)
     gate_rows = head * num_chunks * CHUNK
     memory = (head * num_chunks + chunk) * NUM_FEATURES
-    state = _load(key + head * length * NUM_COORDINATES, keys, columns, length, NUM_COORDINATES)
-    values = _load(value + head * length * HEAD_DIM, keys, dims, length, HEAD_DIM)
+    state = load(key + head * length * NUM_COORDINATES, keys, columns, length, NUM_COORDINATES)
+    values = load(value + head * length * HEAD_DIM, keys, dims, length, HEAD_DIM)
 
     grad_state = tl.zeros([ROWS, COORDINATES], tl.float32)
     grad_value = tl.zeros([ROWS, DIM], tl.float32)
@@ -636,12 +600,12 @@ def _key_gradient_kernel(
         left, right, factor = _load_expansion(first, second, coefficient, features, NUM_FEATURES)
         left_state = _choose(state, left, COORDINATES, dtype)
         right_state = _choose(state, right, COORDINATES, dtype)
-        grad_matrix = _load(grad_matrices + memory * HEAD_DIM, features, dims, NUM_FEATURES, HEAD_DIM)
+        grad_matrix = load(grad_matrices + memory * HEAD_DIM, features, dims, NUM_FEATURES, HEAD_DIM)
         grad_normalizer = tl.load(grad_normalizers + memory + features, mask=features < NUM_FEATURES, other=0.0)
-        grad = _dot(values, tl.trans(grad_matrix), dtype) + grad_normalizer[None, :]
+        grad = dot(values, tl.trans(grad_matrix), dtype) + grad_normalizer[None, :]
         grad *= factor[None, :]
         grad_decay += tl.sum(grad * left_state * right_state, 1)
-        grad_value += _dot(left_state * right_state * factor[None, :], grad_matrix, dtype)
+        grad_value += dot(left_state * right_state * factor[None, :], grad_matrix, dtype)
         grad_state += _put_back(grad * right_state, left, COORDINATES, dtype)
         grad_state += _put_back(grad * left_state, right, COORDINATES, dtype)
     if write is not None:
@@ -654,17 +618,17 @@ def _key_gradient_kernel(
         query_rows = (head * GROUPS + group) * length
         for start in range(tile * ROWS, tl.minimum((chunk + 1) * CHUNK, length), ROWS):
             queries = start + tl.arange(0, ROWS)
-            query_state = _load(query + query_rows * NUM_COORDINATES, queries, columns, length, NUM_COORDINATES)
-            grad_numerator = _load(grad_numerators + query_rows * HEAD_DIM, queries, dims, length, HEAD_DIM).to(dtype)
+            query_state = load(query + query_rows * NUM_COORDINATES, queries, columns, length, NUM_COORDINATES)
+            grad_numerator = load(grad_numerators + query_rows * HEAD_DIM, queries, dims, length, HEAD_DIM).to(dtype)
             grad_denominator = tl.load(grad_denominators + query_rows + queries, mask=queries < length, other=0.0)
             decay = _decay(coarse, fine, keep, gate_rows, queries, keys, length)
-            score = _dot(query_state, tl.trans(state), dtype) * SCALE
+            score = dot(query_state, tl.trans(state), dtype) * SCALE
             weight = (1.0 + score + 0.5 * score * score) * decay
-            grad = _dot(grad_numerator, tl.trans(values), dtype) + grad_denominator[:, None]
-            grad_value += _dot(tl.trans(weight), grad_numerator, dtype)
+            grad = dot(grad_numerator, tl.trans(values), dtype) + grad_denominator[:, None]
+            grad_value += dot(tl.trans(weight), grad_numerator, dtype)
             grad_decay += tl.sum(grad * weight, 0)
-            grad_state += _dot(tl.trans(grad * decay * (1.0 + score) * SCALE), query_state, dtype)
-    _store(grad_keys + head * length * NUM_COORDINATES, grad_state, keys, columns, length, NUM_COORDINATES)
-    _store(grad_values + head * length * HEAD_DIM, grad_value, keys, dims, length, HEAD_DIM)
+            grad_state += dot(tl.trans(grad * decay * (1.0 + score) * SCALE), query_state, dtype)
+    store(grad_keys + head * length * NUM_COORDINATES, grad_state, keys, columns, length, NUM_COORDINATES)
+    store(grad_values + head * length * HEAD_DIM, grad_value, keys, dims, length, HEAD_DIM)
     if grad_decays is not None:
         tl.store(grad_decays + head * length + keys, grad_decay, mask=keys < length)

@@ -44,7 +44,9 @@ class TestKermitOnTheHub(GenerativeHubRoundTrip):
         "kernel_attention.py",
         "padding.py",
         "taylor_triton.py",
+        "triton_tiles.py",
         "validation.py",
         "window_attention.py",
+        "window_triton.py",
     ]
     pushed_heads: ClassVar = ["AutoModelForCausalLM", "AutoModelForSequenceClassification"]

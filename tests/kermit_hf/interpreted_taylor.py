@@ -1,5 +1,5 @@
-"""What the Triton kernels compute, run by Triton's interpreter on a CPU. Not collected by itself: the interpreter has to be
-chosen before triton is imported, so `test_taylor_triton` runs this file in a process of its own.
+"""The far field with Taylor features in Triton, run by Triton's interpreter on a CPU. Not collected by itself: the
+interpreter has to be chosen before triton is imported, so `test_triton_kernels` runs this file in a process of its own.
 
 Errors are relative to the largest entry of what is expected. bfloat16 keeps 8 bits and the interpreter cuts off the rest
 instead of rounding, so a product of two is off by up to 1 in 64 and sums of them by less; the bound is 2e-2.
@@ -12,16 +12,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kermit_hf import KermitForSequenceClassification, kernel_backend, taylor_triton
 from kermit_hf.feature_maps import TaylorFeatureMap
 from kermit_hf.kernel_attention import KernelMemory
 from kermit_hf.taylor_triton import taylor_chunked
 from tests.kermit_hf import oracles
 from tests.kermit_hf.test_kernel_attention import Written, assert_close
-from tests.kermit_hf.tiny_models import place, tiny_model, tokens
 
 
-assert os.environ.get("TRITON_INTERPRET") == "1", "run by test_taylor_triton"
+assert os.environ.get("TRITON_INTERPRET") == "1", "run by test_triton_kernels"
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 1e-3}
 
@@ -90,7 +88,7 @@ def expected(tensors: dict[str, torch.Tensor], key_mask: torch.Tensor | None):
 
 CASES = {
     "one chunk": Case(37, 4, 8),
-    "several chunks": Case(129, 16, 32, heads=2, kv_heads=2, chunk_size=64, memory=True),
+    "several chunks": Case(129, 16, 32, chunk_size=64, memory=True),
     "everything": Case(85, 16, 32, batch=2, heads=2, kv_heads=1, gated=True, memory=True, padded=True, chunk_size=64),
     "odd sizes, no memory": Case(71, 5, 24, heads=3, kv_heads=1, gated=True, chunk_size=64),
     "padding alone": Case(67, 6, 16, batch=2, padded=True, chunk_size=64),
@@ -196,77 +194,3 @@ class Recorded(Written):
         parts = result if isinstance(result, (tuple, list)) else (result,)
         self.sizes.extend(part.nbytes for part in parts if isinstance(part, torch.Tensor))
         return result
-
-
-# The model.
-
-TAYLOR = {"update_rule": "additive", "feature_map": "taylor", "feature_dim": 4}
-MODELS = {
-    "window": {"window_size": 6, "num_sink_tokens": 2, "conv_kernel_size": 0},
-    "pure": {"window_size": 0, "forget_gate": False, "feature_dim": 8},
-}
-
-
-@pytest.fixture
-def calls(monkeypatch) -> list[int]:
-    """How many tokens the kernels were given, call by call."""
-    lengths, chunked = [], taylor_triton.taylor_chunked
-
-    def counted(query, *arguments, **options):
-        lengths.append(query.shape[2])
-        return chunked(query, *arguments, **options)
-
-    monkeypatch.setattr(taylor_triton, "taylor_chunked", counted)
-    return lengths
-
-
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("side", ["left", "middle"])
-def test_a_model_is_the_same_on_either_backend(name, side, calls):
-    """Logits and all gradients, for a padded batch."""
-    model = tiny_model({**TAYLOR, **MODELS[name]}, num_hidden_layers=1)
-    input_ids, attention_mask = place([tokens(21), tokens(13)], side)
-    labels = input_ids.masked_fill(attention_mask == 0, -100)
-    results = []
-    for backend in ("torch", "triton"):
-        model.zero_grad()
-        with kernel_backend(backend):
-            output = model(input_ids=input_ids, attention_mask=attention_mask, labels=labels)
-            output.loss.backward()
-        results.append((output.logits[attention_mask == 1], {n: p.grad for n, p in model.named_parameters()}))
-    assert calls
-    (logits, grads), (triton_logits, triton_grads) = results
-    assert_close(triton_logits, logits)
-    for parameter in grads:
-        assert_close(triton_grads[parameter], grads[parameter], name=parameter)
-
-
-def test_an_encoder_is_the_same_on_either_backend(calls):
-    model = tiny_model(
-        {**TAYLOR, **MODELS["window"]},
-        KermitForSequenceClassification,
-        is_causal=False,
-        num_hidden_layers=1,
-        num_labels=3,
-    )
-    input_ids, attention_mask = place([tokens(21), tokens(13)], "left")
-    logits = []
-    for backend in ("torch", "triton"):
-        with kernel_backend(backend), torch.no_grad():
-            logits.append(model(input_ids=input_ids, attention_mask=attention_mask).logits)
-    assert len(calls) == 2  # forwards and backwards over the text
-    assert_close(*logits)
-
-
-def test_generation_goes_on_from_the_memory_of_the_kernels(calls):
-    """The prompt is the kernels', the single tokens after it are torch's; a chunk later on is the kernels' again."""
-    model = tiny_model({**TAYLOR, **MODELS["window"]}, num_hidden_layers=1)
-    prompt, more = tokens(1, 15), tokens(1, 9)
-    logits = []
-    for backend in ("torch", "triton"):
-        with kernel_backend(backend), torch.no_grad():
-            first = model.generate(prompt, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
-            cache = first.past_key_values
-            logits.append(model(torch.cat([first.sequences[:, -1:], more], 1), past_key_values=cache).logits)
-    assert calls and min(calls) > 1
-    assert_close(*logits)
