@@ -45,8 +45,8 @@ def taylor_chunked(
     """`additive_chunked` with the features of `TaylorFeatureMap`, made here from their coordinates.
 
     query (batch, heads, seq, coordinates) and key (batch, kv_heads, seq, coordinates) are what the map expands. key_mask
-    (batch or 1, 1, seq) is zero at tokens that leave the memory as it is; their log_forget has to be zero too. chunk_size:
-    a multiple of 64. First derivatives only.
+    (batch or 1, 1, seq) is zero at tokens that leave the memory as it is; their log_forget has to be zero too. First
+    derivatives only. Raises `ValueError` unless chunk_size is a multiple of 64.
     """
     length, coordinates, head_dim = query.shape[2], query.shape[3], value.shape[3]
     num_features = _expansion(coordinates, query.device).first.shape[0]
@@ -55,6 +55,8 @@ def taylor_chunked(
         matrix = torch.zeros(*shape, head_dim, dtype=torch.float32, device=value.device)
         memory = KernelMemory(matrix, torch.zeros(shape, dtype=torch.float32, device=value.device))
     chunk_size = chunk_size or default_chunk_size(num_features, length)
+    if chunk_size % ROWS:
+        raise ValueError(f"chunk_size={chunk_size} does not fit tiles of tokens; allowed are multiples of {ROWS}")
     # The coordinates come in float32, however precise they are.
     dtype = tile_dtype(value)
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)

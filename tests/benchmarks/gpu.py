@@ -51,10 +51,8 @@ def contenders(length: int, backward: bool) -> dict[str, Contender]:
         for backend in ("torch", *(backend for backend in backends if has(backend))):
             function = on_backend(backend, attention(rule, feature_map, 0))
             timed[f"{name}, {backend}"] = once(function, needed[name], **extra)
-        fastest = next((backend for backend in backends if has(backend)), "torch")
-        function = on_backend(fastest, attention(rule, feature_map, WINDOW))
         near = work.window(length, HEAD_DIM, WINDOW, SINKS)
-        timed[f"{name} + window {WINDOW}, {fastest}"] = once(function, needed[name] + near, **extra)
+        timed[f"{name} + window {WINDOW}"] = once(attention(rule, feature_map, WINDOW), needed[name] + near, **extra)
     if has("fla"):
         timed["flash-linear-attention Based"] = once(peers.flash_based(COORDINATES), needed["Taylor"])
         timed["flash-linear-attention elu"] = once(peers.flash_linear_attention, needed["elu"])

@@ -124,6 +124,12 @@ def test_outputs_and_gradients_follow_the_recurrence(name):
         assert_close(grad, target, tolerance, f"gradient of {name}")
 
 
+def test_chunks_that_do_not_fit_tiles_are_refused():
+    tensors, _ = make_inputs(Case(9, 4, 8))
+    with pytest.raises(ValueError, match="chunk_size=48 does not fit tiles of tokens; allowed are multiples of 64"):
+        run(tensors, None, 48)
+
+
 @pytest.mark.parametrize("gated", [False, True])
 def test_later_tokens_change_nothing_before_them(gated):
     """Bit for bit, inside a chunk and across chunks, and their gradient is exactly zero."""
