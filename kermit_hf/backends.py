@@ -6,8 +6,8 @@ then "fla" where it is installed, and PyTorch the rest. To choose one, for tests
     with kernel_backend("triton"):
         model(**inputs)
 
-or set the environment variable KERMIT_BACKEND. A chosen backend still leaves to PyTorch what it has no kernel for, and it
-raises `ValueError` where it cannot run at all.
+or set the environment variable KERMIT_BACKEND, which also reaches model code that was loaded from the Hub. A chosen
+backend still leaves to PyTorch what it has no kernel for, and it raises `ValueError` where it cannot run at all.
 
     triton   far field: the additive rule with the feature map "taylor", up to 64 coordinates; near field, merged with any far
              field; heads up to 256 in bfloat16, 128 in other dtypes

@@ -82,13 +82,16 @@ class Expansion(NamedTuple):
 @lru_cache(maxsize=8)
 def _expansion(coordinates: int, device: torch.device) -> Expansion:
     """In the order of `TaylorFeatureMap`."""
-    rows, columns = torch.triu_indices(coordinates, coordinates)
-    one, single = torch.tensor([-1]), torch.arange(coordinates)
-    scale = coordinates**-0.5
-    products = torch.where(rows == columns, 0.5, 1.0).sqrt() * scale
-    coefficient = torch.cat([torch.ones(1), torch.full((coordinates,), scale**0.5), products])
-    tensors = torch.cat([one, single, rows]), torch.cat([one, one.expand(coordinates), columns])
-    return Expansion(*(tensor.int().to(device) for tensor in tensors), coefficient.to(device))
+    rows, columns = torch.triu_indices(coordinates, coordinates, device=device)
+    single = torch.arange(coordinates, device=device)
+    one = torch.full_like(single, -1)
+    coefficient = torch.ones(1 + coordinates + len(rows), dtype=torch.float32, device=device)
+    coefficient[1 : 1 + coordinates] = coordinates**-0.25
+    coefficient[1 + coordinates :] = coordinates**-0.5
+    # The two halves of a product off the diagonal are one feature; on it half of the square is left.
+    coefficient[1 + coordinates :][rows == columns] *= 0.5**0.5
+    first, second = torch.cat([one[:1], single, rows]), torch.cat([one[:1], one, columns])
+    return Expansion(first.int(), second.int(), coefficient)
 
 
 class Gates(NamedTuple):

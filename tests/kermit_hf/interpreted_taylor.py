@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from kermit_hf import taylor_triton
 from kermit_hf.feature_maps import TaylorFeatureMap
 from kermit_hf.kernel_attention import KernelMemory
 from kermit_hf.taylor_triton import taylor_chunked
@@ -122,6 +123,19 @@ def test_outputs_and_gradients_follow_the_recurrence(name):
     for name, grad, target in zip(tensors, *grads, strict=True):
         assert grad.dtype == tensors[name].dtype
         assert_close(grad, target, tolerance, f"gradient of {name}")
+
+
+def test_the_default_dtype_changes_nothing():
+    """What a script sets for its models says nothing about the kernels' constants."""
+    taylor_triton._expansion.cache_clear()
+    tensors, _ = make_inputs(Case(20, 3, 8))
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        outputs = run(tensors, None)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for output, target in zip(outputs, expected({k: t.double() for k, t in tensors.items()}, None), strict=True):
+        assert_close(output, target)
 
 
 def test_chunks_that_do_not_fit_tiles_are_refused():
