@@ -86,6 +86,30 @@ def test_the_rest_is_the_package_s_or_torch_s(
     assert chosen_on_a_gpu(monkeypatch, update_rule, name, dtype, **sizes) == expected
 
 
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.parametrize(
+    "backend, dtype, head_dim, num_sinks, expected",
+    [
+        (None, BF16, 256, 4, "window_merged"),
+        (None, FP32, 128, 128, "window_merged"),
+        ("triton", BF16, 64, 0, "window_merged"),
+        (None, FP32, 256, 4, "window_blocked"),
+        (None, torch.float64, 64, 4, "window_blocked"),
+        (None, BF16, 64, 129, "window_blocked"),
+        ("fla", BF16, 64, 4, "window_blocked"),
+        ("torch", BF16, 64, 4, "window_blocked"),
+    ],
+)
+def test_the_near_field_is_our_own_kernel_where_it_fits(
+    backend, dtype, head_dim, num_sinks, expected, installed, monkeypatch
+):
+    installed |= {"triton", "fla-core"}
+    monkeypatch.setattr(backends, "_misfit", lambda name, device: None)
+    query = SimpleNamespace(is_cuda=True, device=torch.device("cuda"), dtype=dtype, shape=(1, 2, 10, head_dim))
+    with kernel_backend(backend):
+        assert backends.find_window(query, num_sinks).__name__ == expected
+
+
 def test_torch_compile_gets_the_torch_forms(installed, monkeypatch):
     installed |= {"triton", "fla-core"}
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
