@@ -2,6 +2,7 @@
 
 import transformers
 
+from .backends import kernel_backend
 from .cache_kermit import KermitCacheLayer, KermitStaticCacheLayer
 from .configuration_kermit import KermitConfig
 from .feature_maps import FEATURE_MAPS, FeatureMap, register_feature_map
@@ -32,5 +33,6 @@ __all__ = [
     "KermitModel",
     "KermitPreTrainedModel",
     "KermitStaticCacheLayer",
+    "kernel_backend",
     "register_feature_map",
 ]

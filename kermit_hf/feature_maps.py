@@ -239,18 +239,25 @@ class TaylorFeatureMap(FeatureMap):
             init.copy_(self.key_projection, projection)
             init.copy_(self.query_projection, projection.repeat_interleave(groups, 0))
 
+    def project_queries(self, query: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """The r coordinates whose products the features are, (batch, heads, seq, r), and no log scale."""
+        return self._project(query, getattr(self, "query_projection", None)), None
+
+    def project_keys(self, key: torch.Tensor) -> torch.Tensor:
+        return self._project(key, getattr(self, "key_projection", None))
+
     def forward_queries(self, query):
-        projection = getattr(self, "query_projection", None)
-        return self._expand(query, projection), None
+        return self._expand(self.project_queries(query)[0]), None
 
     def forward_keys(self, key):
-        projection = getattr(self, "key_projection", None)
-        return self._expand(key, projection)
+        return self._expand(self.project_keys(key))
 
-    def _expand(self, tensor: torch.Tensor, projection: torch.Tensor | None) -> torch.Tensor:
+    @staticmethod
+    def _project(tensor: torch.Tensor, projection: torch.Tensor | None) -> torch.Tensor:
         tensor = _upcast(tensor)
-        if projection is not None:
-            tensor = tensor @ projection.to(tensor.dtype)
+        return tensor if projection is None else tensor @ projection.to(tensor.dtype)
+
+    def _expand(self, tensor: torch.Tensor) -> torch.Tensor:
         tensor = tensor * self.feature_dim**-0.25
         rows, columns = torch.triu_indices(self.feature_dim, self.feature_dim, device=tensor.device)
         # Off the diagonal a product stands for two of the full square: 2 / 2 = 1; on it, 1 / 2.

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from .backends import find_kernel, find_window
 from .kernel_attention import (
     KernelMemory,
     KernelReadout,
@@ -31,11 +32,12 @@ SEGMENT_ELEMENTS = 512 * 1024
 
 
 class UpdateRule(NamedTuple):
-    """The three forms of one rule, see `kernel_attention`."""
+    """The three forms of one rule, see `kernel_attention`; takes_mask: see `backends.Kernel`."""
 
     reference: Callable[..., KernelReadout]
     chunked: Callable[..., KernelReadout]
     step: Callable[..., KernelReadout]
+    takes_mask: bool = False
 
 
 UPDATE_RULES = {
@@ -225,7 +227,13 @@ def _attend(
     sinks = None
     if num_slots > window_size and slots.sink_keys.shape[2] > 0:
         sinks = _sinks(query, slots, window_size, cos, sin, scaling)
-    window = window_reference if explicit else window_step if length == 1 and is_causal else window_blocked
+    if explicit:
+        window = window_reference
+    elif length == 1 and is_causal:
+        window = window_step
+    else:
+        # A window over everything is ordinary attention, which torch has a kernel for.
+        window = find_window(query, slots.sink_keys.shape[2]) if num_slots > window_size else window_blocked
     near = window(
         turned_query,
         rotate(slots.keys, cos[:num_slots], sin[:num_slots]),
@@ -367,6 +375,11 @@ def _far_field(
     num_sinks = slots.sink_keys.shape[2]
     if num_slots <= window_size:
         return None, slots.memory
+    if not explicit and length > 1:
+        kernel = find_kernel(update_rule, map_queries, map_keys, query, slots.values)
+        if kernel is not None:
+            rule = rule._replace(chunked=kernel.chunked, step=kernel.chunked, takes_mask=kernel.takes_mask)
+            map_queries, map_keys = kernel.map_queries, kernel.map_keys
     query_features, log_scale = map_queries(query)
     if not is_causal:
         return _far_both_ways(query_features, log_scale, slots, window_size, rule, map_keys, explicit), None
@@ -376,7 +389,7 @@ def _far_field(
     if isinstance(slots.first_real, int):
         # Sinks never enter the memory. Without padding they are the same slots in every row, and a slice leaves them out.
         start = min(max(slots.first_real + num_sinks, 0), end)
-    tokens = _far_tokens(slots, start, end, map_keys)
+    tokens = _far_tokens(slots, start, end, map_keys, rule.takes_mask)
     memory, keeps_all = slots.memory, absorbed >= end
     if not keeps_all and absorbed > start:
         # Tokens that may still be rolled back are read through a memory that is thrown away.
@@ -424,7 +437,7 @@ def _far_both_ways(
         count = num_slots - shift
         if count <= 0:
             continue
-        tokens = _far_tokens(slots, *((shift, num_slots) if flip else (0, count)), map_keys)
+        tokens = _far_tokens(slots, *((shift, num_slots) if flip else (0, count)), map_keys, rule.takes_mask)
         queries = query_features[:, :, :count] if flip else query_features[:, :, shift:]
         if flip:
             queries, tokens = queries.flip(2), {name: tensor.flip(2) for name, tensor in tokens.items()}
@@ -451,7 +464,7 @@ def _far_both_ways(
     )
 
 
-def _far_tokens(slots: Slots, start: int, end: int, map_keys: Callable) -> dict[str, torch.Tensor]:
+def _far_tokens(slots: Slots, start: int, end: int, map_keys: Callable, takes_mask: bool) -> dict[str, torch.Tensor]:
     """Slots start ... end as arguments of a rule; padding and sinks become tokens that leave the memory as it is."""
     # `split`, because its gradient writes what it fills with zeros once, and that of a slice twice.
     sizes = [start, end - start, slots.keys.shape[2] - end]
@@ -465,7 +478,9 @@ def _far_tokens(slots: Slots, start: int, end: int, map_keys: Callable) -> dict[
         first = torch.maximum(first, slots.first_filled)
     index = torch.arange(start, end, device=key.device)
     enters = (index >= _column(first)).expand(1 if isinstance(first, int) else len(first), 1, -1)
-    if "write_strength" not in tokens:
+    if takes_mask:
+        tokens["key_mask"] = enters
+    elif "write_strength" not in tokens:
         tokens["key"] = key * enters[..., None]
     return tokens | {name: tokens[name] * enters for name in slots.gates}
 

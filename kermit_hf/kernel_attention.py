@@ -487,15 +487,23 @@ def _decays(log_forget: torch.Tensor | None, key: torch.Tensor) -> tuple[torch.T
     """
     if log_forget is None:
         log_forget = key.new_zeros(key.shape[:-1])
-    # Differences of one cumulative sum would lose a small gate next to a large one. So it is kept in two parts: multiples
-    # of 1 / 64, which float32 adds without rounding, and a remainder that stays small.
-    log_forget = log_forget.clamp(min=2 * MIN_LOG_DECAY)
-    coarse = (log_forget.detach() * 64).round() / 64
-    coarse, fine = coarse.cumsum(-1), (log_forget - coarse).cumsum(-1)
+    coarse, fine = cumulative_log_decay(log_forget)
     future = torch.ones(fine.shape[-1], fine.shape[-1], dtype=torch.bool, device=fine.device).triu(1)
     pairwise = (coarse[..., :, None] - coarse[..., None, :]) + (fine[..., :, None] - fine[..., None, :])
+    return _exp_decay(pairwise.masked_fill(future, float("-inf"))), *chunk_decays(coarse, fine)
+
+
+def cumulative_log_decay(log_forget: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The cumulative sum along the last axis, in two parts: differences of one sum would lose a small gate next to a large
+    one. coarse: multiples of 1 / 64, which float32 adds without rounding; fine: a remainder that stays small."""
+    log_forget = log_forget.clamp(min=2 * MIN_LOG_DECAY)
+    coarse = (log_forget.detach() * 64).round() / 64
+    return coarse.cumsum(-1), (log_forget - coarse).cumsum(-1)
+
+
+def chunk_decays(coarse: torch.Tensor, fine: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """decay_in, decay_out and decay_all of `_decays`."""
     return (
-        _exp_decay(pairwise.masked_fill(future, float("-inf"))),
         _exp_decay(coarse + fine),
         _exp_decay((coarse[..., -1:] - coarse) + (fine[..., -1:] - fine)),
         _exp_decay(coarse[..., -1] + fine[..., -1]),

@@ -9,8 +9,9 @@ python -m tests.benchmarks --lengths 512 4096 --output bench
 of those timed in between. Contenders that do not fit in memory or in --budget are skipped, and so are peers that are not installed;
 the output says so. On a machine with a CUDA device everything runs there.
 
-Three more have their own command: tests.benchmarks.learning (what KERMIT's settings learn), tests.benchmarks.approximation
-(how close Nyström attention comes to softmax) and tests.benchmarks.sentences (what that leaves of a sentence encoder).
+More have their own command: tests.benchmarks.gpu (kernels for a GPU beside each other), tests.benchmarks.learning (what
+KERMIT's settings learn), tests.benchmarks.approximation (how close Nyström attention comes to softmax) and
+tests.benchmarks.sentences (what that leaves of a sentence encoder).
 """
 
 import argparse
@@ -35,8 +36,16 @@ SECTIONS = {**kermit.SECTIONS, **nystrom_encoder.SECTIONS, **nystrom_decoder.SEC
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=SECTIONS, nargs="+", metavar="NAME", help=f"of {', '.join(SECTIONS)}")
+    return run(SECTIONS, __doc__, arguments)
+
+
+def run(
+    sections: dict[str, Section], description: str, arguments: list[str] | None = None, needs_gpu: bool = False
+) -> int:
+    """The command line over `sections`. Returns 0 if all targets hold that were measured, 1 if one does not, 2 if `needs_gpu`
+    and there is none."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=sections, nargs="+", metavar="NAME", help=f"of {', '.join(sections)}")
     parser.add_argument(
         "--lengths", type=int, nargs="+", help=f"tokens, multiples of {LANDMARKS}; each section has its own by default"
     )
@@ -55,6 +64,9 @@ def main(arguments: list[str] | None = None) -> int:
     for length in options.lengths or ():
         if length < 1 or length % LANDMARKS:
             parser.error(f"--lengths {length}: multiples of {LANDMARKS}, as transformers' Nyströmformer wants them")
+    if needs_gpu and not torch.cuda.is_available():
+        print("no CUDA device here: there is nothing to measure", file=sys.stderr)
+        return 2
 
     torch.set_num_threads(options.threads)
     if torch.cuda.is_available():
@@ -69,8 +81,8 @@ def main(arguments: list[str] | None = None) -> int:
     kept = options.output / "results.json"
     report = json.loads(kept.read_text()) if kept.exists() else {}
     holds, roofline = True, measure_roofline()
-    for name in options.only or SECTIONS:
-        section = SECTIONS[name]
+    for name in options.only or sections:
+        section = sections[name]
         lengths = chosen_lengths(section, options.lengths, options.longest, options.batches)
         print(f"\n{name}: {section.title}")
         batches = []

@@ -24,6 +24,7 @@ FAVOR_FEATURES = 128
 def attention(update_rule: str, feature_map: str, window_size: int) -> Callable[..., torch.Tensor]:
     """KERMIT's attention, feature map included, as a function of query, key, value and the gates of the rule."""
     features = FEATURE_MAPS[feature_map](HEAD_DIM, None, HEADS, HEADS)
+    features.init_weights()
     features.unit_norm = update_rule == "delta"
     sinks = SINKS if window_size else 0
 
@@ -50,29 +51,8 @@ def attention(update_rule: str, feature_map: str, window_size: int) -> Callable[
 
 def attention_contenders(length: int, backward: bool) -> dict[str, Contender]:
     """Attention of 8 heads, on the same random inputs."""
-    random = generator(length)
-    states = [torch.randn(1, HEADS, length, HEAD_DIM, generator=random) for _ in range(3)]
-    gates = {
-        "write_strength": torch.rand(1, HEADS, length, generator=random),
-        "log_forget": -0.1 * torch.rand(1, HEADS, length, generator=random),
-    }
-    # Query, key, value and output; backward these again, and the gradient of each.
-    moved = (3 if backward else 1) * 4 * states[0].nbytes
-
-    def once(function: Callable, needed: int | None = None, **extra: torch.Tensor) -> Contender:
-        """`needed`: multiplications of one head, forward."""
-
-        def run():
-            if not backward:
-                with torch.no_grad():
-                    return function(*states, **extra)
-            inputs = [tensor.detach().requires_grad_() for tensor in states]
-            leaves = {name: tensor.detach().requires_grad_() for name, tensor in extra.items()}
-            function(*inputs, **leaves).sum().backward()
-
-        passes = work.TRAINING if backward else 1
-        return Contender(run, None if needed is None else passes * HEADS * needed, moved)
-
+    states, gates = random_inputs(length)
+    once = partial(one_pass, states, backward)
     near = work.window(length, HEAD_DIM, WINDOW, SINKS)
     additive, delta = (rule(length, HEAD_DIM, HEAD_DIM, 64) for rule in (work.additive, work.delta))
     favor = work.additive(length, FAVOR_FEATURES, HEAD_DIM, 64) + work.random_features(length, FAVOR_FEATURES, HEAD_DIM)
@@ -89,6 +69,41 @@ def attention_contenders(length: int, backward: bool) -> dict[str, Contender]:
     if peers.has("flash-linear-attention"):
         contenders["flash-linear-attention gated delta"] = once(peers.flash_gated_delta, **gates)
     return contenders
+
+
+def random_inputs(length: int) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+    """Query, key and value, (1, heads, length, head_dim), and the gates of both rules, (1, heads, length)."""
+    random = generator(length)
+    states = [torch.randn(1, HEADS, length, HEAD_DIM, generator=random) for _ in range(3)]
+    gates = {
+        "write_strength": torch.rand(1, HEADS, length, generator=random),
+        "log_forget": -0.1 * torch.rand(1, HEADS, length, generator=random),
+    }
+    return states, gates
+
+
+def one_pass(
+    states: list[torch.Tensor],
+    backward: bool,
+    function: Callable[..., torch.Tensor],
+    needed: int | None = None,
+    **extra: torch.Tensor,
+) -> Contender:
+    """A forward pass, with `backward` also the gradients of `states` and `extra`. needed: multiplications of one head,
+    forward."""
+
+    def run():
+        if not backward:
+            with torch.no_grad():
+                return function(*states, **extra)
+        inputs = [tensor.detach().requires_grad_() for tensor in states]
+        leaves = {name: tensor.detach().requires_grad_() for name, tensor in extra.items()}
+        function(*inputs, **leaves).sum().backward()
+
+    # Query, key, value and output; backward these again, and the gradient of each.
+    moved = (3 if backward else 1) * 4 * states[0].nbytes
+    passes = work.TRAINING if backward else 1
+    return Contender(run, None if needed is None else passes * HEADS * needed, moved)
 
 
 def softmax_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

@@ -95,6 +95,18 @@ def flash_linear_attention(query: torch.Tensor, key: torch.Tensor, value: torch.
     return chunk_linear_attn(*(tensor.transpose(1, 2) for tensor in states), scale=1.0)[0]
 
 
+def flash_based(coordinates: int) -> Attention:
+    """The Taylor map of the package's Based layer, on the first `coordinates` of each head in place of a projection."""
+
+    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        from fla.ops.based import fused_chunk_based
+
+        states = (query[..., :coordinates], key[..., :coordinates], value)
+        return fused_chunk_based(*(tensor.transpose(1, 2).contiguous() for tensor in states))
+
+    return attend
+
+
 def flash_gated_delta(
     query: torch.Tensor,
     key: torch.Tensor,

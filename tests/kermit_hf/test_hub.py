@@ -35,13 +35,18 @@ class TestKermitOnTheHub(GenerativeHubRoundTrip):
         "modeling_kermit.py",
         "configuration_kermit.py",
         "attention_layers.py",
+        "backends.py",
         "cache_kermit.py",
         "checkpoints.py",
         "feature_maps.py",
+        "fla_kernels.py",
         "kermit_attention.py",
         "kernel_attention.py",
         "padding.py",
+        "taylor_triton.py",
+        "triton_tiles.py",
         "validation.py",
         "window_attention.py",
+        "window_triton.py",
     ]
     pushed_heads: ClassVar = ["AutoModelForCausalLM", "AutoModelForSequenceClassification"]

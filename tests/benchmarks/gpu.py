@@ -1,0 +1,111 @@
+"""Times kernels for a GPU: ours in PyTorch and Triton, flash-linear-attention's, and softmax attention's flash kernel.
+
+python -m tests.benchmarks.gpu                                   # everything, in bfloat16
+python -m tests.benchmarks.gpu --only gpu-training --longest 16384
+
+Tables, results.json, plots and targets are those of tests.benchmarks. Without a CUDA device there is nothing to measure.
+"""
+
+import sys
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from kermit_hf import kernel_backend
+
+from . import peers, work
+from .__main__ import run
+from .kermit import attention, one_pass, random_inputs, softmax_attention, time_decoding
+from .measure import Contender, Section, by_length
+from .models import HEAD_DIM, SINKS, WINDOW
+from .targets import Faster, Flat, growing
+
+
+LENGTHS = (8192, 16384, 32768, 65536)
+CONTEXTS = (4096, 65536, 1048576)
+COORDINATES = 16
+TAYLOR_FEATURES = 1 + COORDINATES + COORDINATES * (COORDINATES + 1) // 2
+CHUNK = 64
+
+# Feature map, rule and the backends that have a kernel for them besides PyTorch.
+RULES = {
+    "Taylor": ("taylor", "additive", ("triton", "fla")),
+    "elu": ("elu", "additive", ("fla",)),
+    "gated delta": ("silu_l2", "delta", ("fla",)),
+}
+
+
+def contenders(length: int, backward: bool) -> dict[str, Contender]:
+    """Attention of 8 heads of 64, on the same random inputs."""
+    states, gates = random_inputs(length)
+    once = partial(one_pass, states, backward)
+    needed = {
+        "Taylor": work.additive(length, TAYLOR_FEATURES, HEAD_DIM, CHUNK),
+        "elu": work.additive(length, HEAD_DIM, HEAD_DIM, CHUNK),
+        "gated delta": work.delta(length, HEAD_DIM, HEAD_DIM, CHUNK),
+    }
+    timed = {"softmax (SDPA)": once(softmax_attention, work.softmax_causal(length, HEAD_DIM))}
+    for name, (feature_map, rule, backends) in RULES.items():
+        extra = gates if rule == "delta" else {}
+        for backend in ("torch", *(backend for backend in backends if has(backend))):
+            function = on_backend(backend, attention(rule, feature_map, 0))
+            timed[f"{name}, {backend}"] = once(function, needed[name], **extra)
+        near = work.window(length, HEAD_DIM, WINDOW, SINKS)
+        timed[f"{name} + window {WINDOW}"] = once(attention(rule, feature_map, WINDOW), needed[name] + near, **extra)
+    if has("fla"):
+        timed["flash-linear-attention Based"] = once(peers.flash_based(COORDINATES), needed["Taylor"])
+        timed["flash-linear-attention elu"] = once(peers.flash_linear_attention, needed["elu"])
+        timed["flash-linear-attention gated delta"] = once(peers.flash_gated_delta, needed["gated delta"], **gates)
+    return timed
+
+
+def on_backend(backend: str, attend: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def chosen(*states, **gates):
+        with kernel_backend(backend):
+            return attend(*states, **gates)
+
+    return chosen
+
+
+def has(backend: str) -> bool:
+    try:
+        with kernel_backend(backend):
+            return True
+    except ValueError:
+        return False
+
+
+OWN_AND_PEER = {
+    "Taylor, triton": "flash-linear-attention Based",
+    "elu, fla": "flash-linear-attention elu",
+    "gated delta, fla": "flash-linear-attention gated delta",
+}
+AS_FAST = tuple(Faster(own, peer, length, 1.0) for own, peer in OWN_AND_PEER.items() for length in LENGTHS)
+AHEAD = tuple(Faster(own, "softmax (SDPA)", 65536, 6.0) for own in OWN_AND_PEER)
+SECTIONS = {
+    "gpu-forward": Section(
+        "Kernels on a GPU, forward: 8 heads x 64", by_length(partial(contenders, backward=False)), LENGTHS, AS_FAST
+    ),
+    "gpu-training": Section(
+        "Kernels on a GPU, forward + backward: 8 heads x 64",
+        by_length(partial(contenders, backward=True)),
+        LENGTHS,
+        (*AS_FAST, *AHEAD, *growing(1.1, *OWN_AND_PEER)),
+    ),
+    "gpu-decoding": Section(
+        "KERMIT decoding on a GPU: 8 layers x 512",
+        time_decoding,
+        CONTEXTS,
+        (Flat("KERMIT", 1.1), Flat("KERMIT, static cache, compiled", 1.1)),
+        "milliseconds per token",
+    ),
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    return run(SECTIONS, __doc__, arguments, needs_gpu=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

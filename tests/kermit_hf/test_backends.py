@@ -1,0 +1,213 @@
+"""Which kernels run: nothing changes on a CPU, the best one that fits on a GPU, and a clear refusal of what cannot be."""
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from kermit_hf import FEATURE_MAPS, KermitForCausalLM, backends, kernel_backend
+from tests.kermit_hf.tiny_models import tiny_model, tokens
+
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+TAYLOR = {"update_rule": "additive", "feature_map": "taylor", "feature_dim": 4, "window_size": 4}
+
+
+@pytest.fixture(autouse=True)
+def automatic(monkeypatch):
+    """Whatever KERMIT_BACKEND says, these tests start from the automatic choice."""
+    monkeypatch.setattr(backends, "_chosen", None)
+
+
+@pytest.fixture
+def installed(monkeypatch) -> set[str]:
+    """Packages of backends that are found, for a test to fill."""
+    packages = set()
+    monkeypatch.setattr(
+        backends,
+        "_missing",
+        lambda name: next((package for package in backends.PACKAGES.get(name, ()) if package not in packages), None),
+    )
+    return packages
+
+
+def chosen_on_a_gpu(
+    monkeypatch, update_rule: str, name: str, dtype: torch.dtype, head_dim: int = 64, feature_dim: int | None = None
+) -> str | None:
+    """Name of the form that tensors on a GPU would go to."""
+    monkeypatch.setattr(backends, "_misfit", lambda name, device: None)
+    feature_map = FEATURE_MAPS[name](head_dim, feature_dim, 2, 2)
+    tensor = SimpleNamespace(is_cuda=True, device=torch.device("cuda"), dtype=dtype, shape=(1, 2, 10, head_dim))
+    kernel = backends.find_kernel(update_rule, feature_map.map_queries, feature_map.map_keys, tensor, tensor)
+    return kernel and kernel.chunked.__name__
+
+
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+def test_the_taylor_map_is_our_own_kernels(dtype, installed, monkeypatch):
+    installed |= {"triton", "fla-core"}
+    assert chosen_on_a_gpu(monkeypatch, "additive", "taylor", dtype) == "taylor_chunked"
+
+
+@pytest.mark.parametrize(
+    "update_rule, name, dtype, sizes, packages, expected",
+    [
+        ("additive", "hedgehog", BF16, {}, {"triton", "fla-core"}, "fla_additive_chunked"),
+        ("additive", "hedgehog", FP32, {}, {"triton", "fla-core"}, None),
+        ("additive", "hedgehog", BF16, {}, {"triton"}, None),
+        ("additive", "hedgehog", BF16, {}, {"fla-core"}, None),
+        ("delta", "silu_l2", BF16, {}, {"triton", "fla-core"}, "fla_delta_chunked"),
+        ("delta", "taylor", BF16, {}, {"triton", "fla-core"}, "fla_delta_chunked"),
+        (
+            "additive",
+            "taylor",
+            BF16,
+            {"head_dim": 128, "feature_dim": 65},
+            {"triton", "fla-core"},
+            "fla_additive_chunked",
+        ),
+        ("additive", "taylor", BF16, {"head_dim": 320}, {"triton"}, None),
+        ("additive", "taylor", torch.float64, {}, {"triton", "fla-core"}, None),
+        ("additive", "taylor", BF16, {}, set(), None),
+    ],
+)
+def test_the_rest_is_the_package_s_or_torch_s(
+    update_rule, name, dtype, sizes, packages, expected, installed, monkeypatch
+):
+    installed |= packages
+    assert chosen_on_a_gpu(monkeypatch, update_rule, name, dtype, **sizes) == expected
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.parametrize(
+    "backend, dtype, head_dim, num_sinks, expected",
+    [
+        (None, BF16, 256, 4, "window_merged"),
+        (None, FP32, 128, 128, "window_merged"),
+        ("triton", BF16, 64, 0, "window_merged"),
+        (None, FP32, 256, 4, "window_blocked"),
+        (None, torch.float64, 64, 4, "window_blocked"),
+        (None, BF16, 64, 129, "window_blocked"),
+        ("fla", BF16, 64, 4, "window_blocked"),
+        ("torch", BF16, 64, 4, "window_blocked"),
+    ],
+)
+def test_the_near_field_is_our_own_kernel_where_it_fits(
+    backend, dtype, head_dim, num_sinks, expected, installed, monkeypatch
+):
+    installed |= {"triton", "fla-core"}
+    monkeypatch.setattr(backends, "_misfit", lambda name, device: None)
+    query = SimpleNamespace(is_cuda=True, device=torch.device("cuda"), dtype=dtype, shape=(1, 2, 10, head_dim))
+    with kernel_backend(backend):
+        assert backends.find_window(query, num_sinks).__name__ == expected
+
+
+def test_torch_compile_gets_the_torch_forms(installed, monkeypatch):
+    installed |= {"triton", "fla-core"}
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert chosen_on_a_gpu(monkeypatch, "additive", "taylor", BF16) is None
+    assert chosen_on_a_gpu(monkeypatch, "delta", "silu_l2", BF16) is None
+
+
+def test_a_chosen_backend_is_the_only_one(installed, monkeypatch):
+    installed |= {"triton", "fla-core"}
+    with kernel_backend("fla"):
+        assert chosen_on_a_gpu(monkeypatch, "additive", "taylor", BF16) == "fla_additive_chunked"
+    with kernel_backend("triton"):
+        assert chosen_on_a_gpu(monkeypatch, "delta", "silu_l2", BF16) is None
+    with kernel_backend("torch"):
+        assert chosen_on_a_gpu(monkeypatch, "additive", "taylor", BF16) is None
+        with kernel_backend(None):
+            assert chosen_on_a_gpu(monkeypatch, "delta", "silu_l2", BF16) == "fla_delta_chunked"
+        assert backends._chosen == "torch"
+    assert backends._chosen is None
+
+
+def test_the_choice_ends_with_an_error():
+    with pytest.raises(RuntimeError), kernel_backend("torch"):
+        raise RuntimeError
+    assert backends._chosen is None
+
+
+def test_an_unknown_backend_is_refused():
+    with pytest.raises(ValueError, match="kernel backend 'cuda' is unknown; allowed are 'torch', 'triton', 'fla'"):
+        kernel_backend("cuda").__enter__()
+
+
+@pytest.mark.parametrize("name, package", [("triton", "triton"), ("fla", "fla-core")])
+def test_a_package_that_is_missing_is_named(name, package, installed):
+    installed |= {"fla-core" if name == "triton" else "triton"}
+    with pytest.raises(ValueError, match=f"'{name}' needs the package {package}.*pip install {package}.*'torch'"):
+        kernel_backend(name).__enter__()
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="Triton's interpreter runs on the CPU")
+@pytest.mark.parametrize("name", ["triton", "fla"])
+def test_a_backend_that_cannot_run_on_the_device_says_so(name, installed):
+    installed |= {"triton", "fla-core"}
+    model = tiny_model(TAYLOR)
+    backends._misfit.cache_clear()
+    with (
+        kernel_backend(name),
+        pytest.raises(ValueError, match=f"'{name}' cannot run: tensors are on 'cpu'; move the model to a CUDA device"),
+    ):
+        model(tokens(1, 12))
+
+
+def test_the_torch_backend_is_what_a_cpu_runs_anyway():
+    model, input_ids = tiny_model(TAYLOR), tokens(2, 20)
+    with torch.no_grad():
+        expected = model(input_ids).logits
+        with kernel_backend("torch"):
+            assert torch.equal(model(input_ids).logits, expected)
+
+
+LEFT_ALONE = """
+import sys, torch
+from kermit_hf import KermitConfig, KermitForCausalLM
+sizes = dict(vocab_size=20, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+model = KermitForCausalLM(KermitConfig(**sizes, update_rule="additive", feature_map="taylor", window_size=4))
+before = set(sys.modules)
+model(torch.ones(1, 12, dtype=torch.long), labels=torch.ones(1, 12, dtype=torch.long)).loss.backward()
+loaded = {name.split(".")[0] for name in set(sys.modules) - before}
+ours = {name for name in sys.modules if name.startswith("kermit_hf.") and name.endswith(("_triton", "_kernels"))}
+print(sorted(loaded & {"triton", "fla"}), sorted(ours))
+"""
+
+
+def run_python(program: str, backend: str) -> subprocess.CompletedProcess:
+    """In a process of its own, where KERMIT_BACKEND is read."""
+    return subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=REPOSITORY,
+        env={**os.environ, "KERMIT_BACKEND": backend, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_a_cpu_loads_no_kernels():
+    result = run_python(LEFT_ALONE, "")
+    assert result.stdout.strip() == "[] []", result.stderr
+
+
+def test_the_environment_chooses_too():
+    result = run_python(LEFT_ALONE, "cuda")
+    assert result.returncode == 1
+    assert "ValueError: kernel backend 'cuda' is unknown; allowed are 'torch', 'triton', 'fla'" in result.stderr
+
+
+def test_the_choice_is_no_part_of_a_model():
+    """It belongs to the machine: checkpoints know nothing of it."""
+    with kernel_backend("torch"):
+        config = tiny_model(TAYLOR, KermitForCausalLM).config.to_dict()
+    assert not any("backend" in name for name in config)
