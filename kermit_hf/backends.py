@@ -1,13 +1,14 @@
 """On whose kernels the attention of whole texts runs: PyTorch's, our own in Triton, or flash-linear-attention's.
 
-Left alone, tensors on a CPU are PyTorch's. On a GPU, outside of `torch.compile`, "triton" takes what it has a kernel for,
-then "fla" where it is installed, and PyTorch the rest. To choose one, for tests and comparisons:
+PyTorch's, unless another is chosen, because the others have not run on a GPU yet, only through Triton's interpreter:
 
-    with kernel_backend("triton"):
+    with kernel_backend("auto"):
         model(**inputs)
 
-or set the environment variable KERMIT_BACKEND, which also reaches model code that was loaded from the Hub. A chosen
-backend still leaves to PyTorch what it has no kernel for, and it raises `ValueError` where it cannot run at all.
+or the environment variable KERMIT_BACKEND, which also reaches model code that was loaded from the Hub. With "auto" tensors
+on a CPU stay PyTorch's; on a GPU, outside of `torch.compile`, "triton" takes what it has a kernel for, then "fla" where it is
+installed, and PyTorch the rest. A backend that is named leaves to PyTorch what it has no kernel for, too, but raises
+`ValueError` where it cannot run at all.
 
     triton   far field: the additive rule with the feature map "taylor", up to 64 coordinates; near field, merged with any far
              field; heads up to 256 in bfloat16, 128 in other dtypes
@@ -32,7 +33,7 @@ from .kernel_attention import KernelReadout
 from .window_attention import WindowOutput, window_blocked
 
 
-BACKENDS = ("torch", "triton", "fla")
+BACKENDS = ("torch", "auto", "triton", "fla")
 PACKAGES = {"triton": ("triton",), "fla": ("fla-core", "triton")}
 MODULES = {"fla-core": "fla"}
 # Up to where tiles of our own kernels fit into a GPU's shared memory; head_dim by dtype, float16 being treated as float32.
@@ -40,7 +41,7 @@ MAX_HEAD_DIM = {torch.bfloat16: 256, torch.float16: 128, torch.float32: 128}
 MAX_COORDINATES, MAX_SINKS = 64, 128
 
 # Read once: `torch.compile` cannot look into the environment.
-_chosen: str | None = os.environ.get("KERMIT_BACKEND") or None
+_chosen: str = os.environ.get("KERMIT_BACKEND") or "torch"
 
 
 class Kernel(NamedTuple):
@@ -54,14 +55,13 @@ class Kernel(NamedTuple):
 
 
 @contextmanager
-def kernel_backend(name: str | None) -> Iterator[None]:
-    """Chooses "torch", "triton" or "fla" inside the `with`, for all threads; None leaves the choice to the tensors.
+def kernel_backend(name: str) -> Iterator[None]:
+    """Chooses "torch", "triton" or "fla" inside the `with`, for all threads; "auto" leaves the choice to the tensors.
 
     Raises `ValueError` if the name is unknown or a package is not installed.
     """
     global _chosen
-    if name is not None:
-        _check(name)
+    _check(name)
     before, _chosen = _chosen, name
     try:
         yield
@@ -74,7 +74,7 @@ def find_window(query: torch.Tensor, num_sinks: int) -> Callable[..., WindowOutp
 
     Raises `ValueError` if the chosen backend cannot run on their device.
     """
-    if _chosen is None and not query.is_cuda:
+    if _chosen == "torch" or (_chosen == "auto" and not query.is_cuda):
         return window_blocked
     if _serves("triton", query) and _fits_tiles(query) and num_sinks <= MAX_SINKS:
         from .window_triton import window_merged
@@ -91,7 +91,7 @@ def find_kernel(
     map_queries, map_keys: methods of a `FeatureMap`. query, value: (batch, heads, seq, head_dim), before the feature map.
     Raises `ValueError` if the chosen backend cannot run on their device.
     """
-    if _chosen is None and not query.is_cuda:
+    if _chosen == "torch" or (_chosen == "auto" and not query.is_cuda):
         return None
     feature_map = getattr(map_queries, "__self__", None)
     if _serves("triton", query) and _has_triton_kernel(update_rule, feature_map, value):
@@ -120,7 +120,7 @@ def _fits_tiles(states: torch.Tensor) -> bool:
 
 
 def _serves(name: str, tensor: torch.Tensor) -> bool:
-    if _chosen is None:
+    if _chosen == "auto":
         return not torch.compiler.is_compiling() and _missing(name) is None and _misfit(name, tensor.device) is None
     _check(_chosen)
     if _chosen != name:

@@ -1,4 +1,4 @@
-"""Which kernels run: nothing changes on a CPU, the best one that fits on a GPU, and a clear refusal of what cannot be."""
+"""Which kernels run: PyTorch's unless others are chosen, then the best one that fits, and a clear refusal of what cannot be."""
 
 import os
 import subprocess
@@ -21,7 +21,7 @@ TAYLOR = {"update_rule": "additive", "feature_map": "taylor", "feature_dim": 4, 
 @pytest.fixture(autouse=True)
 def automatic(monkeypatch):
     """Whatever KERMIT_BACKEND says, these tests start from the automatic choice."""
-    monkeypatch.setattr(backends, "_chosen", None)
+    monkeypatch.setattr(backends, "_chosen", "auto")
 
 
 @pytest.fixture
@@ -90,12 +90,12 @@ def test_the_rest_is_the_package_s_or_torch_s(
 @pytest.mark.parametrize(
     "backend, dtype, head_dim, num_sinks, expected",
     [
-        (None, BF16, 256, 4, "window_merged"),
-        (None, FP32, 128, 128, "window_merged"),
+        ("auto", BF16, 256, 4, "window_merged"),
+        ("auto", FP32, 128, 128, "window_merged"),
         ("triton", BF16, 64, 0, "window_merged"),
-        (None, FP32, 256, 4, "window_blocked"),
-        (None, torch.float64, 64, 4, "window_blocked"),
-        (None, BF16, 64, 129, "window_blocked"),
+        ("auto", FP32, 256, 4, "window_blocked"),
+        ("auto", torch.float64, 64, 4, "window_blocked"),
+        ("auto", BF16, 64, 129, "window_blocked"),
         ("fla", BF16, 64, 4, "window_blocked"),
         ("torch", BF16, 64, 4, "window_blocked"),
     ],
@@ -125,20 +125,22 @@ def test_a_chosen_backend_is_the_only_one(installed, monkeypatch):
         assert chosen_on_a_gpu(monkeypatch, "delta", "silu_l2", BF16) is None
     with kernel_backend("torch"):
         assert chosen_on_a_gpu(monkeypatch, "additive", "taylor", BF16) is None
-        with kernel_backend(None):
+        with kernel_backend("auto"):
             assert chosen_on_a_gpu(monkeypatch, "delta", "silu_l2", BF16) == "fla_delta_chunked"
         assert backends._chosen == "torch"
-    assert backends._chosen is None
+    assert backends._chosen == "auto"
 
 
 def test_the_choice_ends_with_an_error():
     with pytest.raises(RuntimeError), kernel_backend("torch"):
         raise RuntimeError
-    assert backends._chosen is None
+    assert backends._chosen == "auto"
 
 
 def test_an_unknown_backend_is_refused():
-    with pytest.raises(ValueError, match="kernel backend 'cuda' is unknown; allowed are 'torch', 'triton', 'fla'"):
+    with pytest.raises(
+        ValueError, match="kernel backend 'cuda' is unknown; allowed are 'torch', 'auto', 'triton', 'fla'"
+    ):
         kernel_backend("cuda").__enter__()
 
 
@@ -179,7 +181,8 @@ before = set(sys.modules)
 model(torch.ones(1, 12, dtype=torch.long), labels=torch.ones(1, 12, dtype=torch.long)).loss.backward()
 loaded = {name.split(".")[0] for name in set(sys.modules) - before}
 ours = {name for name in sys.modules if name.startswith("kermit_hf.") and name.endswith(("_triton", "_kernels"))}
-print(sorted(loaded & {"triton", "fla"}), sorted(ours))
+from kermit_hf import backends
+print(backends._chosen, sorted(loaded & {"triton", "fla"}), sorted(ours))
 """
 
 
@@ -195,15 +198,16 @@ def run_python(program: str, backend: str) -> subprocess.CompletedProcess:
     )
 
 
-def test_a_cpu_loads_no_kernels():
-    result = run_python(LEFT_ALONE, "")
-    assert result.stdout.strip() == "[] []", result.stderr
+@pytest.mark.parametrize("backend, chosen", [("", "torch"), ("auto", "auto")])
+def test_a_cpu_loads_no_kernels(backend, chosen):
+    result = run_python(LEFT_ALONE, backend)
+    assert result.stdout.strip() == f"{chosen} [] []", result.stderr
 
 
 def test_the_environment_chooses_too():
     result = run_python(LEFT_ALONE, "cuda")
     assert result.returncode == 1
-    assert "ValueError: kernel backend 'cuda' is unknown; allowed are 'torch', 'triton', 'fla'" in result.stderr
+    assert "ValueError: kernel backend 'cuda' is unknown; allowed are 'torch', 'auto', 'triton', 'fla'" in result.stderr
 
 
 def test_the_choice_is_no_part_of_a_model():
