@@ -49,12 +49,12 @@ UPDATE_RULES = {
 class Slots(NamedTuple):
     """What attention over `slots` columns of tokens reads.
 
-    keys (without positions), values: (batch, kv_heads, slots, head_dim); gates: "log_forget" and "write_strength", (batch,
-    kv_heads, slots), those that the model has. first_real: slot of each row's first real token, an int or (batch,),
-    negative where it has left. sink_keys, sink_values: (batch, kv_heads, num_sink_tokens, head_dim). memory: of the
-    tokens before the first slot, None if there are none. first_filled: slot of each row's first token that is still here, an
-    int or (batch,); padding in the middle of a row leaves free slots before it. num_absorbed: how many slots, from the first on, the memory may
-    keep for good; None is all that leave the window.
+    keys (without positions), values: (batch, kv_heads, slots, head_dim); gates: "log_forget" and "write_strength",
+    (batch, kv_heads, slots), those that the model has. first_real: slot of each row's first real token, an int or
+    (batch,), negative where it has left. sink_keys, sink_values: (batch, kv_heads, num_sink_tokens, head_dim). memory:
+    of the tokens before the first slot, None if there are none. first_filled: slot of each row's first token that is
+    still here, an int or (batch,); padding in the middle of a row leaves free slots before it. num_absorbed: how many
+    slots, from the first on, the memory may keep for good; None is all that leave the window.
     """
 
     keys: torch.Tensor

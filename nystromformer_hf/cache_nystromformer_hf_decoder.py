@@ -28,9 +28,10 @@ LEAST_ROOM = 64
 class NystromformerHFDecoderCacheLayer(CacheLayerMixin):
     """Grows by one landmark a segment, and by every key and value only where the inverse has a finite regularisation.
 
-    `update` appends tokens and sets `self.context`, which attention reads; `store` then takes its landmarks. Counts are ints
-    until a row is padded, then (batch,): num_tokens, real ones so far; num_confirmed, those that `crop` will not take back; num_complete,
-    segments in front of `queries`. What stands behind a row's count is void, so `crop` only has to count back.
+    `update` appends tokens and sets `self.context`, which attention reads; `store` then takes its landmarks. Counts are
+    ints until a row is padded, then (batch,): num_tokens, real ones so far; num_confirmed, those that `crop` will not
+    take back; num_complete, segments in front of `queries`. What stands behind a row's count is void, so `crop` only
+    has to count back.
     """
 
     _layer_type = LAYER_TYPE

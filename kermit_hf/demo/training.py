@@ -12,8 +12,8 @@ def fit(
 ) -> Trainer:
     """Train with the standard Trainer; with --resume from the last complete checkpoint of this `name`, if any.
 
-    options: `TrainingArguments` that differ from the defaults here. parts: what else the Trainer takes; an `eval_dataset` is evaluated ten times on the way,
-    where checkpoints are written.
+    options: `TrainingArguments` that differ from the defaults here. parts: what else the Trainer takes; an `eval_dataset` is
+    evaluated ten times on the way, where checkpoints are written.
     """
     folder = args.output / "checkpoints" / name
     # The state is what a checkpoint gets last: without it, the run was cut off while writing.
