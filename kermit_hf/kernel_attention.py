@@ -149,10 +149,9 @@ def additive_chunked(
         numerator, denominator, *last = _AdditiveChunks.apply(queries, key, value, *memory)
     else:
         decay, decay_in, decay_out, decay_all = _decays(_chunk(log_forget, chunk_size), key)
-        weights = queries @ key.mT
-        weights = _repeat_rows(decay, weights.shape[-2]) * weights
-        from_memory = _repeat_rows(decay_in[..., None], queries.shape[-2]) * queries
-        decayed_key = key * decay_out[..., None]
+        weights = _decay_weights(queries @ key.mT, decay)
+        from_memory = _decay_rows(queries, decay_in)
+        decayed_key = _decay_rows(key, decay_out)
         matrices, last_matrix = _carry(decayed_key.mT @ value, decay_all, memory.matrix)
         normalizers, last_normalizer = _carry(decayed_key.sum(-2), decay_all, memory.normalizer)
         numerator = _sum_of_products(weights, value, from_memory, matrices)
@@ -432,12 +431,6 @@ def _unchunk_queries(tensor: torch.Tensor, chunk_size: int, length: int) -> torc
     return tensor.flatten(3, 4).flatten(1, 2)[:, :, :length]
 
 
-def _repeat_rows(tensor: torch.Tensor, rows: int) -> torch.Tensor:
-    """Repeats (..., chunk_size, dim) for each query head of a group, to match `_chunk_queries`."""
-    groups = rows // tensor.shape[-2]
-    return tensor if groups == 1 else tensor.repeat((1,) * (tensor.dim() - 2) + (groups, 1))
-
-
 def _sum_of_products(
     left: torch.Tensor, right: torch.Tensor, more_left: torch.Tensor, more_right: torch.Tensor
 ) -> torch.Tensor:
@@ -461,11 +454,10 @@ def _running_sums(
 
 
 def _decay_weights(weights: torch.Tensor, decay: torch.Tensor | None) -> torch.Tensor:
-    """Weights (..., groups * chunk_size, chunk_size), which are written to, without the future and times `decay`, if any."""
+    """Weights (..., groups * chunk_size, chunk_size) without the future and times `decay`, if any; they may be written to."""
     if decay is None:
         return _mask_future(weights, weights.shape[-1])
-    weights.unflatten(-2, (-1, weights.shape[-1])).mul_(decay[..., None, :, :])
-    return weights
+    return (weights.unflatten(-2, (-1, weights.shape[-1])) * decay[..., None, :, :]).flatten(-3, -2)
 
 
 def _decay_rows(tensor: torch.Tensor, decay: torch.Tensor | None) -> torch.Tensor:

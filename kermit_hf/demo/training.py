@@ -8,12 +8,17 @@ from transformers import PreTrainedModel, Trainer, TrainerState, TrainingArgumen
 
 
 def fit(
-    model: PreTrainedModel, name: str, args: argparse.Namespace, options: dict[str, Any] | None = None, **parts
+    model: PreTrainedModel,
+    name: str,
+    args: argparse.Namespace,
+    options: dict[str, Any] | None = None,
+    evaluations: int = 10,
+    **parts,
 ) -> Trainer:
     """Train with the standard Trainer; with --resume from the last complete checkpoint of this `name`, if any.
 
     options: `TrainingArguments` that differ from the defaults here. parts: what else the Trainer takes; an `eval_dataset` is
-    evaluated ten times on the way, where checkpoints are written.
+    evaluated so many times on the way, where checkpoints are written.
     """
     folder = args.output / "checkpoints" / name
     # The state is what a checkpoint gets last: without it, the run was cut off while writing.
@@ -21,7 +26,7 @@ def fit(
     checkpoint = folder / f"checkpoint-{max(complete)}" if args.resume and complete else None
     if checkpoint:
         print(f"continuing from {checkpoint}")
-    every = max(1, args.steps // 10)
+    every = max(1, args.steps // evaluations)
     defaults = {
         "max_steps": args.steps,
         "per_device_train_batch_size": args.batch_size,
