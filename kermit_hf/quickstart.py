@@ -51,7 +51,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, metavar="DIR", help=f"(default: {LM_FOLDER} or {CLASSIFIER_FOLDER})")
     parser.add_argument("--resume", action="store_true", help="continue the run that was cut off in --output")
     parser.add_argument("--steps", **count, help="optimizer steps (default: 400, or 60 to classify)")
-    parser.add_argument("--batch-size", **count, default=2, help=f"sequences per step {default}")
+    parser.add_argument("--batch-size", **count, help="sequences per step (default: 2, or 4 to classify)")
     parser.add_argument("--learning-rate", type=float, metavar="X", help="(default: 3e-3, or 1e-3 to classify)")
     parser.add_argument("--seed", type=at_least(0), metavar="N", default=0, help=default)
     lm = parser.add_argument_group("language model")
@@ -73,12 +73,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     documents = parser.add_argument_group("classify")
     documents.add_argument("--model", type=Path, metavar="DIR", default=LM_FOLDER, help=f"what to fine-tune {default}")
     documents.add_argument(
-        "--max-length", **count | {"type": at_least(2)}, default=8192, help=f"tokens kept of a document {default}"
+        "--max-length", **count | {"type": at_least(2)}, default=4096, help=f"tokens kept of a document {default}"
     )
     args = parser.parse_args(argv)
     defaults = {
-        "lm": {"output": LM_FOLDER, "steps": 400, "learning_rate": 3e-3},
-        "classify": {"output": CLASSIFIER_FOLDER, "steps": 60, "learning_rate": 1e-3},
+        "lm": {"output": LM_FOLDER, "steps": 400, "batch_size": 2, "learning_rate": 3e-3},
+        "classify": {"output": CLASSIFIER_FOLDER, "steps": 60, "batch_size": 4, "learning_rate": 1e-3},
     }[args.task]
     vars(args).update({name: value for name, value in defaults.items() if getattr(args, name) is None})
     if args.data is not None and not args.data.exists():

@@ -11,8 +11,7 @@ CARD = """
 
 {summary} It is a demonstration of `kermit_hf`, made by `{command}`: too small to be relied on for anything.
 
-KERMIT here means the architecture of the package `kermit_hf`: exact softmax attention to the last {window} tokens and
-the first {sinks}, and a kernel memory of constant size for everything before. Other, unrelated models bear the name.
+KERMIT here means the architecture of the package `kermit_hf`: {attention}. Other, unrelated models bear the name.
 
 ```python
 import kermit_hf  # registers the architecture; without the package, pass trust_remote_code=True
@@ -50,8 +49,6 @@ def write_card(
     content = CARD.format(
         title=args.output.name,
         command="python -m kermit_hf.quickstart" + (" classify" if args.task == "classify" else ""),
-        window=model.config.window_size,
-        sinks=model.config.num_sink_tokens,
         parameters=model.num_parameters(),
         steps=args.steps,
         batch=args.batch_size,

@@ -1,4 +1,5 @@
-"""The second task: the language model of the first, fine-tuned to classify documents, its checkpoint chosen by validation."""
+"""The second task: the language model of the first, made to read both ways and fine-tuned to classify documents, its
+checkpoint chosen by validation."""
 
 import argparse
 
@@ -21,12 +22,12 @@ def classify(args: argparse.Namespace, run: dict) -> None:
         tokenizer.save_pretrained(args.output)
         documents = tokenizer(texts, verbose=False)["input_ids"]
         examples = [
-            {"input_ids": [*ids[: args.max_length - 1], tokenizer.eos_token_id], "labels": names.index(label)}
+            {"input_ids": ids[: args.max_length], "labels": names.index(label)}
             for ids, label in zip(documents, labels, strict=True)
         ]
         # Not by year, as for the language model: all messages since 1981 are spoken, and one label tests nothing.
         parts = stratified_split(examples, SPLIT_SEED)
-        cut = sum(len(ids) >= args.max_length for ids in documents)
+        cut = sum(len(ids) > args.max_length for ids in documents)
         split = split_in_words(parts)
         print(f"{corpus}, {' or '.join(names)}: {split}; {cut} of {len(documents)} cut at {args.max_length:,} tokens")
 
@@ -34,14 +35,17 @@ def classify(args: argparse.Namespace, run: dict) -> None:
         set_seed(args.seed)
         label2id = {label: i for i, label in enumerate(names)}
         model = AutoModelForSequenceClassification.from_pretrained(
-            args.model, label2id=label2id, id2label=dict(enumerate(names))
+            args.model,
+            is_causal=False,  # scores the mean over all tokens, which learns in far fewer steps than the last token does
+            label2id=label2id,
+            id2label=dict(enumerate(names)),
         )
         trainer = fit(
             model,
             "classifier",
             args,
-            # Computed again instead of kept: at 8,192 tokens this takes 0.8 GB instead of 1.8.
-            trainer_options(args.batch_size) | {"activation_checkpointing": True},
+            # Of longer documents, states are computed again instead of kept: at 8,192 tokens 0.8 GB instead of 1.8.
+            trainer_options(args.batch_size) | {"activation_checkpointing": args.max_length > 4096},
             evaluations=4,  # each takes as long as six steps
             train_dataset=parts["train"],
             eval_dataset=parts["validation"],
@@ -64,12 +68,12 @@ at the end; the language model that was fine-tuned may have read any of them bef
 
 ![loss](loss.png)"""
     fields = {
-        "summary": f"Tells {corpus} apart: {' or '.join(names)}? Fine-tuned from `{args.model.name}`.",
-        "usage": f"""from transformers import pipeline
+        "summary": f"Tells {corpus} apart: {' or '.join(names)}? Fine-tuned from `{args.model.name}`, reading both ways.",
+        "attention": f"exact softmax attention to the tokens less than {model.config.window_size}\naway on either side, and a "
+        "kernel memory of everything before and behind",
+        "usage": """from transformers import pipeline
 
-# Every document ends with the token that stood between texts in training.
-classifier = pipeline("text-classification", ".")
-print(classifier("Mr. Speaker, Mr. Vice President, Members of Congress{tokenizer.eos_token}"))""",
+print(pipeline("text-classification", ".")("Mr. Speaker, Mr. Vice President, Members of Congress"))""",
         "results": results,
     }
     metric = ("accuracy", accuracy["test"]["KERMIT"])

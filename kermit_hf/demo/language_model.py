@@ -109,6 +109,8 @@ Both have the same class, data, order, seed and steps. Perplexity is per token o
 ![cache and time per token against length](memory.png)"""
     fields = {
         "summary": f"A small language model of {corpus.name}.",
+        "attention": f"exact softmax attention to the last {args.window_size} tokens and the first\n"
+        f"{model.config.num_sink_tokens}, and a kernel memory of constant size for everything before",
         "usage": """from transformers import pipeline
 
 print(pipeline("text-generation", ".")("The state of the Union", max_new_tokens=200, do_sample=True))""",
