@@ -21,7 +21,7 @@ from .triton_tiles import dot, load, padded, store, take_up, tile_dtype, tl, tri
 PROGRAMS, PART_ROWS, MAX_PARTS = 512, 256, 16
 
 
-class _Layout(NamedTuple):
+class Layout(NamedTuple):
     """Query i is token start + i * stride and key j token first + j, both (batch,), int32. A query sees the keys of its own
     and the `near_segments` previous segments up to itself; of the far keys sink j from token j - num_sink_tokens on, and
     number n of those behind the `sinks` first ones from token far_start + n * far_step on, with far_bias added to its logit."""
@@ -36,6 +36,45 @@ class _Layout(NamedTuple):
     far_start: int
     far_step: int
     far_bias: float
+
+
+def text_layout(
+    start: torch.Tensor,
+    first: torch.Tensor,
+    sinks: int,
+    num_sink_tokens: int,
+    segment_size: int,
+    near_segments: int,
+) -> Layout:
+    """Far keys are sinks and landmarks, which are seen when the near field has left their segment behind."""
+    return Layout(
+        start=start,
+        first=first,
+        stride=1,
+        segment_size=segment_size,
+        near_segments=near_segments,
+        sinks=sinks,
+        num_sink_tokens=num_sink_tokens,
+        far_start=(near_segments + 1) * segment_size,
+        far_step=segment_size,
+        far_bias=math.log(segment_size),
+    )
+
+
+def history_layout(num_complete: torch.Tensor, first: torch.Tensor, segment_size: int) -> Layout:
+    """Queries are those of landmarks, each the last token of its segment; far keys are all tokens, each seen from itself on."""
+    return Layout(
+        start=num_complete * segment_size + segment_size - 1,
+        first=first,
+        stride=segment_size,
+        segment_size=segment_size,
+        near_segments=0,
+        sinks=0,
+        num_sink_tokens=0,
+        far_start=0,
+        far_step=1,
+        far_bias=0.0,
+    )
 
 
 def landmark_attention(
@@ -58,18 +97,7 @@ def landmark_attention(
     head_dim); far_value (batch, heads, far keys, head_dim). start, first, an int or (batch,), num_sink_tokens: as of
     `Context`. Returns (batch, heads, seq, head_dim) in float32.
     """
-    layout = _Layout(
-        start=_rows(start, query),
-        first=_rows(first, query),
-        stride=1,
-        segment_size=segment_size,
-        near_segments=near_segments,
-        sinks=sinks,
-        num_sink_tokens=num_sink_tokens,
-        far_start=(near_segments + 1) * segment_size,
-        far_step=segment_size,
-        far_bias=math.log(segment_size),
-    )
+    layout = text_layout(_rows(start, query), _rows(first, query), sinks, num_sink_tokens, segment_size, near_segments)
     return _attend(query, key, value, far_key, far_value, layout, scaling)
 
 
@@ -86,18 +114,7 @@ def history_attention(
     query (batch, heads, landmarks, head_dim), of the segments behind the first `num_complete`, an int or (batch,); key, value
     (batch, kv_heads, tokens, head_dim). Returns (batch, heads, landmarks, head_dim) in float32.
     """
-    layout = _Layout(
-        start=_rows(num_complete, query) * segment_size + segment_size - 1,
-        first=_rows(0, query),
-        stride=segment_size,
-        segment_size=segment_size,
-        near_segments=0,
-        sinks=0,
-        num_sink_tokens=0,
-        far_start=0,
-        far_step=1,
-        far_bias=0.0,
-    )
+    layout = history_layout(_rows(num_complete, query), _rows(0, query), segment_size)
     return _attend(query, key[:, :, :0], value[:, :, :0], key, value, layout, scaling)
 
 
@@ -107,7 +124,7 @@ def _attend(
     value: torch.Tensor,
     far_key: torch.Tensor,
     far_value: torch.Tensor,
-    layout: _Layout,
+    layout: Layout,
     scaling: float,
 ) -> torch.Tensor:
     states = query, key, value, far_key, far_value
@@ -144,7 +161,7 @@ class _LandmarkAttention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         query, key, value, far_key, far_value, start, first, output, total = ctx.saved_tensors
-        layout = _Layout(start, first, *ctx.layout)
+        layout = Layout(start, first, *ctx.layout)
         grad = grad.contiguous()
         # What each weight's gradient is compared with: the mean of all of them.
         agreement = (grad * output).sum(-1)
@@ -168,7 +185,7 @@ def _key_gradient(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    layout: _Layout,
+    layout: Layout,
     sums: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     sizes: dict[str, object],
     is_far: bool,
@@ -198,7 +215,7 @@ def _key_gradient(
     return grad_key.to(key.dtype), grad_value.to(value.dtype)
 
 
-def _sizes(query: torch.Tensor, key: torch.Tensor, layout: _Layout, scaling: float) -> dict[str, object]:
+def _sizes(query: torch.Tensor, key: torch.Tensor, layout: Layout, scaling: float) -> dict[str, object]:
     """What the kernels are compiled for."""
     head_dim = query.shape[3]
     # Larger tiles do not fit into the registers, nor into the shared memory of smaller GPUs.
