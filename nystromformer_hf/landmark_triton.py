@@ -144,7 +144,7 @@ class _LandmarkAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query, key, value, far_key, far_value, layout, scaling):
-        (*shape, head_dim) = query.shape
+        *shape, head_dim = query.shape
         output = query.new_empty(*shape, head_dim, dtype=torch.float32)
         total = query.new_empty(shape, dtype=torch.float32)
         sizes = _sizes(query, key, layout, scaling)
@@ -219,7 +219,7 @@ def _sizes(query: torch.Tensor, key: torch.Tensor, layout: Layout, scaling: floa
     """What the kernels are compiled for."""
     head_dim = query.shape[3]
     # Larger tiles do not fit into the registers, nor into the shared memory of smaller GPUs.
-    tile_bytes = padded(head_dim) * query.element_size()
+    rows = 64 if query.dtype == torch.bfloat16 else 32
     return {
         "SCALE": scaling,
         "GROUPS": query.shape[1] // key.shape[1],
@@ -233,7 +233,7 @@ def _sizes(query: torch.Tensor, key: torch.Tensor, layout: Layout, scaling: floa
         "HEADS": query.shape[1],
         "HEAD_DIM": head_dim,
         "DIM": padded(head_dim),
-        "ROWS": 64 if tile_bytes <= 128 else 32 if query.dtype == torch.bfloat16 or head_dim <= 64 else 16,
+        "ROWS": rows if head_dim <= 64 else rows // 2,
         "num_warps": 4 if head_dim <= 64 else 8,
         "num_stages": 2,
     }

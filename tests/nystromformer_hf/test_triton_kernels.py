@@ -21,7 +21,7 @@ INTEGERS = ("length", "slots", "num_far", "num_keys", "sinks", "part_rows")
 
 
 ROWS = torch.zeros(2, 1, dtype=torch.int32)
-SIZES = [("bf16", 64), ("bf16", 128), ("fp32", 128)]
+SIZES = [("bf16", 64), ("bf16", 128), ("fp32", 64), ("fp32", 128)]
 
 
 @pytest.mark.parametrize("dtype, head_dim", [*SIZES, ("bf16", 256)])
