@@ -18,13 +18,11 @@ def test_the_kernels_are_right_through_the_interpreter():
 # Arguments of the kernels: those of the dtype of the states, and whole numbers.
 STATES = ("query", "key", "value", "far_key", "far_value", "grad_queries", "grad_keys", "grad_values")
 INTEGERS = ("length", "slots", "num_far", "num_keys", "sinks", "part_rows")
-
-
+# Token indices, `start` and `first`, of one row.
 ROWS = torch.zeros(2, 1, dtype=torch.int32)
-SIZES = [("bf16", 64), ("bf16", 128), ("fp32", 64), ("fp32", 128)]
 
 
-@pytest.mark.parametrize("dtype, head_dim", [*SIZES, ("bf16", 256)])
+@pytest.mark.parametrize("dtype, head_dim", [("bf16", 64), ("bf16", 128), ("bf16", 256), ("fp32", 64), ("fp32", 128)])
 @pytest.mark.parametrize("name", ["attend", "query_gradient", "key_gradient", "far_key_gradient"])
 def test_the_kernels_of_texts_compile_for_a_gpu(name, dtype, head_dim, tmp_path):
     from nystromformer_hf.landmark_triton import text_layout
@@ -33,7 +31,7 @@ def test_the_kernels_of_texts_compile_for_a_gpu(name, dtype, head_dim, tmp_path)
     compile_landmark_kernel(name, layout, dtype, head_dim, tmp_path, far_groups=1)
 
 
-@pytest.mark.parametrize("dtype, head_dim", SIZES)
+@pytest.mark.parametrize("dtype, head_dim", [("bf16", 64), ("fp32", 128)])
 @pytest.mark.parametrize("name", ["attend", "query_gradient", "far_key_gradient"])
 def test_the_kernels_of_histories_compile_for_a_gpu(name, dtype, head_dim, tmp_path):
     from nystromformer_hf.landmark_triton import history_layout
