@@ -1,6 +1,7 @@
-"""What our Triton kernels share: tiles of matrices in memory, and products of tiles.
+"""What our Triton kernels share: tiles of matrices in memory, products of tiles, and the running softmax.
 
-Rows and columns are vectors of indices; matrices in memory are contiguous.
+Rows and columns are vectors of indices; matrices in memory are contiguous. Indices inside a matrix are int32, which reaches to
+2^31 entries, 8 million tokens of 256; where the matrix of a head begins has to be int64.
 """
 
 import torch
@@ -10,7 +11,7 @@ try:
     import triton
     import triton.language as tl
 except ImportError as error:
-    raise ImportError("kermit_hf's own GPU kernels need the package triton: pip install triton") from error
+    raise ImportError("these GPU kernels need the package triton: pip install triton") from error
 
 
 # The least size of each side of a matrix product.
@@ -52,3 +53,12 @@ def dot(left, right, dtype: tl.constexpr):
     if INTERPRETED:
         left, right = left.to(tl.float32), right.to(tl.float32)
     return tl.dot(left, right, input_precision="tf32x3")
+
+
+@triton.jit
+def take_up(largest, total, output, logits, values, dtype: tl.constexpr):
+    """The running softmax of each row with more tokens: its largest logit, and relative to that the sum of exponentials and
+    their sum with the values."""
+    larger = tl.maximum(largest, tl.max(logits, 1))
+    weights, shrink = tl.exp(logits - larger[:, None]), tl.exp(largest - larger)
+    return larger, total * shrink + tl.sum(weights, 1), output * shrink[:, None] + dot(weights, values, dtype)

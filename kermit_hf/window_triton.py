@@ -7,7 +7,7 @@ exponentials is kept; backwards it gives back each weight, e^{s - total}.
 
 import torch
 
-from .triton_tiles import dot, load, padded, store, tile_dtype, tl, triton
+from .triton_tiles import dot, load, padded, store, take_up, tile_dtype, tl, triton
 from .window_attention import FarField, Sinks, WindowOutput, window_blocked
 
 
@@ -120,15 +120,6 @@ def _visible(queries, keys, first_real, slots, WINDOW: tl.constexpr, IS_CAUSAL: 
 
 
 @triton.jit
-def _take_up(largest, total, output, logits, values, dtype: tl.constexpr):
-    """The running softmax of each row with more tokens: its largest logit, and relative to that the sum of exponentials and
-    their sum with the values."""
-    larger = tl.maximum(largest, tl.max(logits, 1))
-    weights, shrink = tl.exp(logits - larger[:, None]), tl.exp(largest - larger)
-    return larger, total * shrink + tl.sum(weights, 1), output * shrink[:, None] + dot(weights, values, dtype)
-
-
-@triton.jit
 def _merge_kernel(
     query,
     key,
@@ -175,7 +166,7 @@ def _merge_kernel(
         logits = load(sink_logits + query_head * length * NUM_SINKS, rows, columns, length, NUM_SINKS)
         logits = tl.where((columns < NUM_SINKS)[None, :], logits, float("-inf"))
         sinks = load(sink_values + head * NUM_SINKS * HEAD_DIM, columns, dims, NUM_SINKS, HEAD_DIM)
-        largest, total, output = _take_up(largest, total, output, logits, sinks, dtype)
+        largest, total, output = take_up(largest, total, output, logits, sinks, dtype)
 
     start = tl.maximum(before + tile * ROWS - WINDOW + 1, 0) // ROWS * ROWS
     end = tl.minimum(before + (tile + 1) * ROWS + (0 if IS_CAUSAL else WINDOW - 1), slots)
@@ -185,7 +176,7 @@ def _merge_kernel(
         values = load(value + head * slots * HEAD_DIM, keys, dims, slots, HEAD_DIM)
         visible = _visible(before + rows, keys, first, slots, WINDOW, IS_CAUSAL)
         scores = tl.where(visible, dot(state, tl.trans(key_state), dtype), float("-inf"))
-        largest, total, output = _take_up(largest, total, output, scores, values, dtype)
+        largest, total, output = take_up(largest, total, output, scores, values, dtype)
     total = tl.where(rows < length, total, 1.0)
     store(outputs + query_head * length * HEAD_DIM, output / total[:, None], rows, dims, length, HEAD_DIM)
     tl.store(totals + query_head * length + rows, largest + tl.log(total), mask=rows < length)

@@ -2,6 +2,7 @@
 
 import transformers
 
+from .backends import kernel_backend
 from .cache_nystromformer_hf_decoder import (
     NystromformerHFDecoderCacheLayer,
     NystromformerHFDecoderStaticCacheLayer,
@@ -51,4 +52,5 @@ __all__ = [
     "NystromformerHFForTokenClassification",
     "NystromformerHFModel",
     "NystromformerHFPreTrainedModel",
+    "kernel_backend",
 ]

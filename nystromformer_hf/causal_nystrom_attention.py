@@ -24,7 +24,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .tiled_attention import LONGEST_BLOCK, Tile, can_tile, tile_history, tile_text, tiled_attention
+from .backends import find_history_attention, find_landmark_attention
+from .tiled_attention import HISTORY_TILE, LONGEST_BLOCK, Tile, can_tile, tile_history, tile_text, tiled_attention
 
 
 # Queries that the blocked form treats at a time: as many as the near field has tokens, within these limits.
@@ -117,23 +118,27 @@ def causal_nystrom_blocked(
     scaling: float = 1.0,
     dropout: float = 0.0,
 ) -> CausalNystromOutput:
-    """Block by block of queries, each one call of torch's attention kernel on sinks, near field and landmarks together,
-    or in the tiles of `tiled_attention`, where these serve.
+    """Block by block of queries, each one call of torch's attention kernel on sinks, near field and landmarks together;
+    where they serve, by the kernel of `find_landmark_attention` or in the tiles of `tiled_attention`.
 
     query: (batch, heads, seq, head_dim), with positions, as the keys; regularization: γ > 1, (heads,), or None; scaling:
     1 / sqrt(head_dim); dropout: probability, on the softmax weights.
     """
     landmarks = extend_landmarks(context, segment_size, regularization, scaling)
+    groups, sinks = query.shape[1] // context.keys.shape[1], context.sink_keys.shape[2]
+    attend = find_landmark_attention(query, context.values, dropout)
+    if attend is not None:
+        far = _far_field(context, landmarks, groups)
+        indices = context.start, context.first, sinks, context.num_sink_tokens
+        output = attend(query, context.keys, context.values, *far, *indices, segment_size, near_segments, scaling)
+        return CausalNystromOutput(output, landmarks)
     tiles = _tiles(context, query, segment_size, near_segments) if can_tile(query, context.values, dropout) else []
     if tiles:
-        groups = query.shape[1] // context.keys.shape[1]
-        far_keys = _repeat(torch.cat([context.sink_keys, landmarks.keys], 2), groups)
-        far_values = torch.cat([_repeat(context.sink_values, groups), landmarks.values], 2)
+        far_keys, far_values = _far_field(context, landmarks, groups)
+        far_keys = _repeat(far_keys, groups)
         output = tiled_attention(query, context.keys, context.values, far_keys, far_values, tiles, scaling)
         return CausalNystromOutput(output, landmarks)
     dtype = _accumulation_dtype(query)
-    groups = query.shape[1] // context.keys.shape[1]
-    sinks = context.sink_keys.shape[2]
     block = min(max(segment_size * near_segments, BLOCK_SIZES[0]), BLOCK_SIZES[1])
     # Pieces rather than overlapping slices, whose gradients would each be as large as the whole sequence.
     key_pieces, value_pieces = context.keys.split(block, 2), context.values.split(block, 2)
@@ -316,6 +321,10 @@ def _attend_to_history(queries: torch.Tensor, context: Context, segment_size: in
         )
         return queries.new_zeros(*queries.shape[:3], values.shape[-1]).index_copy(0, rows, some)
     kv_heads, count = keys.shape[1], queries.shape[2]
+    # One program of that kernel reads all keys for its landmarks, which takes long where these are few, as in decoding.
+    attend = find_history_attention(keys, values) if count > HISTORY_TILE else None
+    if attend is not None:
+        return attend(queries.to(keys.dtype), keys, values, context.num_complete, segment_size, scaling)
     complete = _common(context.num_complete) if can_tile(queries, values, 0.0) else None
     tiles = tile_history(complete, count, keys.shape[2], segment_size, queries) if complete is not None else []
     if tiles:
@@ -463,6 +472,12 @@ def _cut(tensor: torch.Tensor, begin: int, end: int) -> torch.Tensor:
     if (begin, end) == (0, length):
         return tensor
     return tensor.split([begin, end - begin, length - end], 2)[1]
+
+
+def _far_field(context: Context, landmarks: Landmarks, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sinks, then landmarks: keys (batch, kv_heads, far keys, head_dim), values (batch, heads, far keys, head_dim)."""
+    values = torch.cat([_repeat(context.sink_values, groups), landmarks.values], 2)
+    return torch.cat([context.sink_keys, landmarks.keys], 2), values
 
 
 def _tiles(context: Context, query: torch.Tensor, segment_size: int, near_segments: int) -> list[Tile]:

@@ -8,17 +8,19 @@ Tables, results.json, plots and targets are those of tests.benchmarks. Without a
 
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 
 import torch
 
-from kermit_hf import kernel_backend
+import kermit_hf
+import nystromformer_hf
 
-from . import peers, work
+from . import nystrom_decoder, peers, work
 from .__main__ import run
 from .kermit import attention, one_pass, random_inputs, softmax_attention, time_decoding
 from .measure import Contender, Section, by_length
-from .models import HEAD_DIM, SINKS, WINDOW
+from .models import HEAD_DIM, HEADS, NEAR_SEGMENTS, SEGMENT, SINKS, WINDOW
 from .targets import Faster, Flat, growing
 
 
@@ -37,7 +39,7 @@ RULES = {
 
 
 def contenders(length: int, backward: bool) -> dict[str, Contender]:
-    """Attention of 8 heads of 64, on the same random inputs."""
+    """KERMIT's attention of 8 heads of 64, on the same random inputs."""
     states, gates = random_inputs(length)
     once = partial(one_pass, states, backward)
     needed = {
@@ -49,7 +51,7 @@ def contenders(length: int, backward: bool) -> dict[str, Contender]:
     for name, (feature_map, rule, backends) in RULES.items():
         extra = gates if rule == "delta" else {}
         for backend in ("torch", *(backend for backend in backends if has(backend))):
-            function = on_backend(backend, attention(rule, feature_map, 0))
+            function = on_backend(kermit_hf.kernel_backend, backend, attention(rule, feature_map, 0))
             timed[f"{name}, {backend}"] = once(function, needed[name], **extra)
         near = work.window(length, HEAD_DIM, WINDOW, SINKS)
         timed[f"{name} + window {WINDOW}"] = once(attention(rule, feature_map, WINDOW), needed[name] + near, **extra)
@@ -60,7 +62,22 @@ def contenders(length: int, backward: bool) -> dict[str, Contender]:
     return timed
 
 
-def on_backend(backend: str, attend: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+def nystrom_contenders(length: int, backward: bool) -> dict[str, Contender]:
+    """Causal Nyström attention, likewise; "learned γ" reads every key for each landmark."""
+    states, _ = random_inputs(length)
+    once = partial(one_pass, states, backward)
+    needed = partial(work.causal_nystrom, length, HEAD_DIM, SEGMENT, NEAR_SEGMENTS, SINKS)
+    timed = {"softmax (SDPA)": once(softmax_attention, work.softmax_causal(length, HEAD_DIM))}
+    for name, gamma in (("causal Nyström", None), ("causal Nyström, learned γ", torch.full((HEADS,), 2.0))):
+        for backend in ("torch", "triton") if has("triton") else ("torch",):
+            function = on_backend(nystromformer_hf.kernel_backend, backend, nystrom_decoder.attention(gamma))
+            timed[f"{name}, {backend}"] = once(function, needed(regularized=gamma is not None))
+    return timed
+
+
+def on_backend(
+    kernel_backend: Callable[[str], AbstractContextManager], backend: str, attend: Callable[..., torch.Tensor]
+) -> Callable[..., torch.Tensor]:
     def chosen(*states, **gates):
         with kernel_backend(backend):
             return attend(*states, **gates)
@@ -70,7 +87,7 @@ def on_backend(backend: str, attend: Callable[..., torch.Tensor]) -> Callable[..
 
 def has(backend: str) -> bool:
     try:
-        with kernel_backend(backend):
+        with kermit_hf.kernel_backend(backend):
             return True
     except ValueError:
         return False
@@ -83,6 +100,12 @@ OWN_AND_PEER = {
 }
 AS_FAST = tuple(Faster(own, peer, length, 1.0) for own, peer in OWN_AND_PEER.items() for length in LENGTHS)
 AHEAD = tuple(Faster(own, "softmax (SDPA)", 65536, 6.0) for own in OWN_AND_PEER)
+NYSTROM = "causal Nyström, triton"
+NYSTROM_TARGETS = (
+    *(Faster(NYSTROM, "causal Nyström, torch", length, 1.0) for length in LENGTHS),
+    Faster(NYSTROM, "softmax (SDPA)", 65536, 6.0),
+    *growing(1.6, NYSTROM),
+)
 SECTIONS = {
     "gpu-forward": Section(
         "Kernels on a GPU, forward: 8 heads x 64", by_length(partial(contenders, backward=False)), LENGTHS, AS_FAST
@@ -92,6 +115,18 @@ SECTIONS = {
         by_length(partial(contenders, backward=True)),
         LENGTHS,
         (*AS_FAST, *AHEAD, *growing(1.1, *OWN_AND_PEER)),
+    ),
+    "gpu-nystrom-forward": Section(
+        "Causal Nyström kernels on a GPU, forward: 8 heads x 64, segments of 64, near field 128",
+        by_length(partial(nystrom_contenders, backward=False)),
+        LENGTHS,
+        NYSTROM_TARGETS,
+    ),
+    "gpu-nystrom-training": Section(
+        "Causal Nyström kernels on a GPU, forward + backward: 8 heads x 64, segments of 64, near field 128",
+        by_length(partial(nystrom_contenders, backward=True)),
+        LENGTHS,
+        NYSTROM_TARGETS,
     ),
     "gpu-decoding": Section(
         "KERMIT decoding on a GPU: 8 layers x 512",

@@ -17,17 +17,20 @@ from .models import HEAD_DIM, HEADS, LENGTHS, NEAR_SEGMENTS, SEGMENT, SINKS, bod
 from .targets import Faster, growing
 
 
+def attention(gamma: torch.Tensor | None) -> Callable[..., torch.Tensor]:
+    """Causal Nyström attention as a function of query, key and value; gamma: (heads,), or None for pooled landmarks."""
+
+    def attend(query, key, value):
+        context = context_of_whole_text(query, key, value, SINKS, regularized=gamma is not None)
+        return causal_nystrom_blocked(query, context, SEGMENT, NEAR_SEGMENTS, gamma, HEAD_DIM**-0.5).output
+
+    return attend
+
+
 def attention_contenders(length: int, backward: bool) -> dict[str, Contender]:
     """Attention over a text without padding, on the same random inputs; "learned γ" keeps every key, see the module."""
     random = generator(length)
     states = [torch.randn(1, HEADS, length, HEAD_DIM, generator=random) for _ in range(3)]
-
-    def nystrom(gamma: torch.Tensor | None) -> Callable[..., torch.Tensor]:
-        def attend(query, key, value):
-            context = context_of_whole_text(query, key, value, SINKS, regularized=gamma is not None)
-            return causal_nystrom_blocked(query, context, SEGMENT, NEAR_SEGMENTS, gamma, HEAD_DIM**-0.5).output
-
-        return attend
 
     def once(function: Callable, needed: int) -> Contender:
         """`needed`: multiplications of one head, forward."""
@@ -44,8 +47,8 @@ def attention_contenders(length: int, backward: bool) -> dict[str, Contender]:
     ours = partial(work.causal_nystrom, length, HEAD_DIM, SEGMENT, NEAR_SEGMENTS, SINKS)
     return {
         "softmax (SDPA)": once(softmax_attention, work.softmax_causal(length, HEAD_DIM)),
-        "causal Nyström": once(nystrom(None), ours()),
-        "causal Nyström, learned γ": once(nystrom(torch.full((HEADS,), 2.0)), ours(regularized=True)),
+        "causal Nyström": once(attention(None), ours()),
+        "causal Nyström, learned γ": once(attention(torch.full((HEADS,), 2.0)), ours(regularized=True)),
     }
 
 

@@ -30,7 +30,9 @@ def test_every_contender_of_ours_runs(backward, monkeypatch):
     monkeypatch.setattr(gpu, "has", lambda backend: False)
     timed = gpu.contenders(192, backward)
     assert {"softmax (SDPA)", "Taylor, torch", "elu, torch", "gated delta, torch"} < timed.keys()
-    for contender in timed.values():
+    nystrom = gpu.nystrom_contenders(384, backward)
+    assert {"softmax (SDPA)", "causal Nyström, torch", "causal Nyström, learned γ, torch"} == nystrom.keys()
+    for contender in (*timed.values(), *nystrom.values()):
         assert isinstance(contender, Contender)
         contender.run()
 
@@ -41,6 +43,9 @@ def test_targets_name_contenders_that_a_gpu_would_have(monkeypatch):
     assert {"Taylor + window 128", "gated delta + window 128"} < timed.keys()
     for own, peer in gpu.OWN_AND_PEER.items():
         assert {own, peer} < timed.keys()
+    timed = gpu.nystrom_contenders(64, False)
+    for target in gpu.NYSTROM_TARGETS:
+        assert {target.contender, getattr(target, "rival", target.contender)} < timed.keys()
 
 
 def test_the_peer_s_taylor_map_is_ours(monkeypatch):

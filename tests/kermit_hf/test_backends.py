@@ -21,7 +21,7 @@ TAYLOR = {"update_rule": "additive", "feature_map": "taylor", "feature_dim": 4, 
 @pytest.fixture(autouse=True)
 def automatic(monkeypatch):
     """Whatever KERMIT_BACKEND says, these tests start from the automatic choice."""
-    monkeypatch.setattr(backends, "_chosen", "auto")
+    monkeypatch.setattr(backends.CHOICE, "chosen", "auto")
 
 
 @pytest.fixture
@@ -29,8 +29,8 @@ def installed(monkeypatch) -> set[str]:
     """Packages of backends that are found, for a test to fill."""
     packages = set()
     monkeypatch.setattr(
-        backends,
-        "_missing",
+        backends.CHOICE,
+        "missing",
         lambda name: next((package for package in backends.PACKAGES.get(name, ()) if package not in packages), None),
     )
     return packages
@@ -40,7 +40,7 @@ def chosen_on_a_gpu(
     monkeypatch, update_rule: str, name: str, dtype: torch.dtype, head_dim: int = 64, feature_dim: int | None = None
 ) -> str | None:
     """Name of the form that tensors on a GPU would go to."""
-    monkeypatch.setattr(backends, "_misfit", lambda name, device: None)
+    monkeypatch.setattr(backends.CHOICE, "misfit", lambda name, device: None)
     feature_map = FEATURE_MAPS[name](head_dim, feature_dim, 2, 2)
     tensor = SimpleNamespace(is_cuda=True, device=torch.device("cuda"), dtype=dtype, shape=(1, 2, 10, head_dim))
     kernel = backends.find_kernel(update_rule, feature_map.map_queries, feature_map.map_keys, tensor, tensor)
@@ -104,7 +104,7 @@ def test_the_near_field_is_our_own_kernel_where_it_fits(
     backend, dtype, head_dim, num_sinks, expected, installed, monkeypatch
 ):
     installed |= {"triton", "fla-core"}
-    monkeypatch.setattr(backends, "_misfit", lambda name, device: None)
+    monkeypatch.setattr(backends.CHOICE, "misfit", lambda name, device: None)
     query = SimpleNamespace(is_cuda=True, device=torch.device("cuda"), dtype=dtype, shape=(1, 2, 10, head_dim))
     with kernel_backend(backend):
         assert backends.find_window(query, num_sinks).__name__ == expected
@@ -127,14 +127,14 @@ def test_a_chosen_backend_is_the_only_one(installed, monkeypatch):
         assert chosen_on_a_gpu(monkeypatch, "additive", "taylor", BF16) is None
         with kernel_backend("auto"):
             assert chosen_on_a_gpu(monkeypatch, "delta", "silu_l2", BF16) == "fla_delta_chunked"
-        assert backends._chosen == "torch"
-    assert backends._chosen == "auto"
+        assert backends.CHOICE.chosen == "torch"
+    assert backends.CHOICE.chosen == "auto"
 
 
 def test_the_choice_ends_with_an_error():
     with pytest.raises(RuntimeError), kernel_backend("torch"):
         raise RuntimeError
-    assert backends._chosen == "auto"
+    assert backends.CHOICE.chosen == "auto"
 
 
 def test_an_unknown_backend_is_refused():
@@ -182,7 +182,7 @@ model(torch.ones(1, 12, dtype=torch.long), labels=torch.ones(1, 12, dtype=torch.
 loaded = {name.split(".")[0] for name in set(sys.modules) - before}
 ours = {name for name in sys.modules if name.startswith("kermit_hf.") and name.endswith(("_triton", "_kernels"))}
 from kermit_hf import backends
-print(backends._chosen, sorted(loaded & {"triton", "fla"}), sorted(ours))
+print(backends.CHOICE.chosen, sorted(loaded & {"triton", "fla"}), sorted(ours))
 """
 
 

@@ -42,6 +42,7 @@ class TestKermitOnTheHub(GenerativeHubRoundTrip):
         "fla_kernels.py",
         "kermit_attention.py",
         "kernel_attention.py",
+        "kernel_choice.py",
         "padding.py",
         "taylor_triton.py",
         "triton_tiles.py",

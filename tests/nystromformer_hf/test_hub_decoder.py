@@ -32,10 +32,14 @@ class TestNystromformerDecoderOnTheHub(GenerativeHubRoundTrip):
     code: ClassVar = [
         "modeling_nystromformer_hf_decoder.py",
         "configuration_nystromformer_hf_decoder.py",
+        "backends.py",
         "cache_nystromformer_hf_decoder.py",
         "causal_nystrom_attention.py",
-        "tiled_attention.py",
         "checkpoints.py",
+        "kernel_choice.py",
+        "landmark_triton.py",
+        "tiled_attention.py",
+        "triton_tiles.py",
         "validation.py",
     ]
     pushed_heads: ClassVar = ["AutoModelForCausalLM", "AutoModelForSequenceClassification"]

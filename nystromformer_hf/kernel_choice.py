@@ -1,0 +1,99 @@
+"""Whose kernels run in place of PyTorch's: one choice for each package, made by a context manager or an environment variable.
+
+PyTorch's, unless another is chosen, because the others have not run on a GPU yet, only through Triton's interpreter. With "auto" a
+backend is taken for tensors on a GPU it can run on, outside of `torch.compile`, if what it needs is installed.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+
+
+# Up to where tiles of our own kernels fit into a GPU's shared memory; head_dim by dtype, float16 being treated as float32.
+MAX_HEAD_DIM = {torch.bfloat16: 256, torch.float16: 128, torch.float32: 128}
+
+
+class KernelChoice:
+    """packages: what each backend but PyTorch's needs, and as what it is imported. misfit(backend, device): why it cannot run
+    there and what helps, None if it can.
+
+    The environment variable is read once: `torch.compile` cannot look into the environment.
+    """
+
+    def __init__(
+        self,
+        variable: str,
+        packages: dict[str, dict[str, str]],
+        misfit: Callable[[str, torch.device], str | None],
+    ):
+        self.packages, self.misfit = packages, misfit
+        self.chosen = os.environ.get(variable) or "torch"
+
+    @contextmanager
+    def use(self, name: str) -> Iterator[None]:
+        """Inside the `with`, for all threads. Raises `ValueError` if the name is unknown or a package is not installed."""
+        self.check(name)
+        before, self.chosen = self.chosen, name
+        try:
+            yield
+        finally:
+            self.chosen = before
+
+    def is_torch(self, tensor: torch.Tensor) -> bool:
+        """Whether nothing but PyTorch's kernels is asked for."""
+        return self.chosen == "torch" or (self.chosen == "auto" and not tensor.is_cuda)
+
+    def serves(self, name: str, tensor: torch.Tensor) -> bool:
+        """Whether a backend is to be taken for this tensor. Raises `ValueError` if it is the chosen one and cannot run."""
+        if self.chosen == "auto":
+            can_run = self.missing(name) is None and self.misfit(name, tensor.device) is None
+            return can_run and not torch.compiler.is_compiling()
+        self.check(self.chosen)
+        if self.chosen != name:
+            return False
+        misfit = self.misfit(name, tensor.device)
+        if misfit is not None:
+            raise ValueError(f"kernel backend {name!r} cannot run: {misfit}, or choose backend 'torch'")
+        return True
+
+    def check(self, name: str) -> None:
+        """Raises `ValueError` if the name is unknown or a package is not installed."""
+        allowed = "torch", "auto", *self.packages
+        if name not in allowed:
+            raise ValueError(f"kernel backend {name!r} is unknown; allowed are {', '.join(map(repr, allowed))}")
+        missing = self.missing(name)
+        if missing is not None:
+            raise ValueError(
+                f"kernel backend {name!r} needs the package {missing}, which is not installed; run `pip install {missing}` "
+                "or choose backend 'torch'"
+            )
+
+    def missing(self, name: str) -> str | None:
+        """The package that a backend needs and does not find."""
+        needed = self.packages.get(name, {})
+        return next((package for package, module in needed.items() if not _is_installed(module)), None)
+
+
+def fits_tiles(states: torch.Tensor) -> bool:
+    """Whether our own kernels take states (..., head_dim)."""
+    return states.shape[-1] <= MAX_HEAD_DIM.get(states.dtype, 0)
+
+
+@cache
+def device_misfit(name: str, device: torch.device) -> str | None:
+    """Why no backend, or not this one, can run on a device, and what helps; None if it can."""
+    if device.type != "cuda":
+        interpreted = name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+        return None if interpreted else f"tensors are on {device.type!r}; move the model to a CUDA device"
+    if torch.version.hip or torch.cuda.get_device_capability(device) < (8, 0):
+        return f"{torch.cuda.get_device_name(device)} is not supported; take an NVIDIA GPU of compute capability 8.0 or later"
+    return None
+
+
+@cache
+def _is_installed(module: str) -> bool:
+    return find_spec(module) is not None
