@@ -28,7 +28,7 @@ from packaging.version import Version
 
 from .feature_maps import FeatureMap, TaylorFeatureMap
 from .kernel_attention import KernelReadout
-from .kernel_choice import KernelChoice, device_misfit, fits_tiles
+from .kernel_choice import KernelChoice, device_misfit, fits_kernels
 from .window_attention import WindowOutput, window_blocked
 
 
@@ -60,7 +60,7 @@ def find_window(query: torch.Tensor, num_sinks: int) -> Callable[..., WindowOutp
     """
     if CHOICE.is_torch(query):
         return window_blocked
-    if CHOICE.serves("triton", query) and fits_tiles(query) and num_sinks <= MAX_SINKS:
+    if CHOICE.serves("triton", query) and fits_kernels(query) and num_sinks <= MAX_SINKS:
         from .window_triton import window_merged
 
         return window_merged
@@ -78,7 +78,7 @@ def find_kernel(
     if CHOICE.is_torch(query):
         return None
     feature_map = getattr(map_queries, "__self__", None)
-    if CHOICE.serves("triton", query) and _has_triton_kernel(update_rule, feature_map, value):
+    if CHOICE.serves("triton", query) and _has_triton_kernel(update_rule, feature_map, query, value):
         from .taylor_triton import taylor_chunked
 
         return Kernel(taylor_chunked, feature_map.project_queries, feature_map.project_keys, takes_mask=True)
@@ -90,12 +90,15 @@ def find_kernel(
     return None
 
 
-def _has_triton_kernel(update_rule: str, feature_map: FeatureMap | None, value: torch.Tensor) -> bool:
+def _has_triton_kernel(
+    update_rule: str, feature_map: FeatureMap | None, query: torch.Tensor, value: torch.Tensor
+) -> bool:
     return (
         update_rule == "additive"
         and type(feature_map) is TaylorFeatureMap
         and feature_map.feature_dim <= MAX_COORDINATES
-        and fits_tiles(value)
+        and fits_kernels(query)
+        and fits_kernels(value)
     )
 
 

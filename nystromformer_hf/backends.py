@@ -18,7 +18,7 @@ from contextlib import AbstractContextManager
 
 import torch
 
-from .kernel_choice import KernelChoice, device_misfit, fits_tiles
+from .kernel_choice import KernelChoice, device_misfit, fits_kernels
 
 
 CHOICE = KernelChoice("NYSTROMFORMER_BACKEND", {"triton": {"triton": "triton"}}, device_misfit)
@@ -54,4 +54,4 @@ def find_history_attention(query: torch.Tensor, value: torch.Tensor) -> Callable
 
 
 def _fit(query: torch.Tensor, value: torch.Tensor) -> bool:
-    return fits_tiles(query) and fits_tiles(value) and query.shape[-1] == value.shape[-1]
+    return fits_kernels(query) and fits_kernels(value) and query.shape[-1] == value.shape[-1]

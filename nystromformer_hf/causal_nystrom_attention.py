@@ -322,9 +322,10 @@ def _attend_to_history(queries: torch.Tensor, context: Context, segment_size: in
         return queries.new_zeros(*queries.shape[:3], values.shape[-1]).index_copy(0, rows, some)
     kv_heads, count = keys.shape[1], queries.shape[2]
     # One program of that kernel reads all keys for its landmarks, which takes long where these are few, as in decoding.
-    attend = find_history_attention(keys, values) if count > HISTORY_TILE else None
+    landmark_queries = queries.to(keys.dtype)
+    attend = find_history_attention(landmark_queries, values) if count > HISTORY_TILE else None
     if attend is not None:
-        return attend(queries.to(keys.dtype), keys, values, context.num_complete, segment_size, scaling)
+        return attend(landmark_queries, keys, values, context.num_complete, segment_size, scaling)
     complete = _common(context.num_complete) if can_tile(queries, values, 0.0) else None
     tiles = tile_history(complete, count, keys.shape[2], segment_size, queries) if complete is not None else []
     if tiles:

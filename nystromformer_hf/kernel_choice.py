@@ -15,6 +15,8 @@ import torch
 
 # Up to where tiles of our own kernels fit into a GPU's shared memory; head_dim by dtype, float16 being treated as float32.
 MAX_HEAD_DIM = {torch.bfloat16: 256, torch.float16: 128, torch.float32: 128}
+# CUDA's limit on the second and third axis of a grid, along which our kernels count the heads of a batch.
+MAX_ROWS = 65_535
 
 
 class KernelChoice:
@@ -78,9 +80,10 @@ class KernelChoice:
         return next((package for package, module in needed.items() if not _is_installed(module)), None)
 
 
-def fits_tiles(states: torch.Tensor) -> bool:
-    """Whether our own kernels take states (..., head_dim)."""
-    return states.shape[-1] <= MAX_HEAD_DIM.get(states.dtype, 0)
+def fits_kernels(states: torch.Tensor) -> bool:
+    """Whether our own kernels take states (batch, heads, seq, head_dim)."""
+    batch, heads, _, head_dim = states.shape
+    return head_dim <= MAX_HEAD_DIM.get(states.dtype, 0) and batch * heads <= MAX_ROWS
 
 
 @cache

@@ -37,12 +37,18 @@ def installed(monkeypatch) -> set[str]:
 
 
 def chosen_on_a_gpu(
-    monkeypatch, update_rule: str, name: str, dtype: torch.dtype, head_dim: int = 64, feature_dim: int | None = None
+    monkeypatch,
+    update_rule: str,
+    name: str,
+    dtype: torch.dtype,
+    head_dim: int = 64,
+    feature_dim: int | None = None,
+    batch: int = 1,
 ) -> str | None:
     """Name of the form that tensors on a GPU would go to."""
     monkeypatch.setattr(backends.CHOICE, "misfit", lambda name, device: None)
     feature_map = FEATURE_MAPS[name](head_dim, feature_dim, 2, 2)
-    tensor = SimpleNamespace(is_cuda=True, device=torch.device("cuda"), dtype=dtype, shape=(1, 2, 10, head_dim))
+    tensor = SimpleNamespace(is_cuda=True, device=torch.device("cuda"), dtype=dtype, shape=(batch, 2, 10, head_dim))
     kernel = backends.find_kernel(update_rule, feature_map.map_queries, feature_map.map_keys, tensor, tensor)
     return kernel and kernel.chunked.__name__
 
@@ -75,6 +81,14 @@ def test_the_taylor_map_is_our_own_kernels(dtype, installed, monkeypatch):
             "fla_additive_chunked",
         ),
         ("additive", "taylor", BF16, {"head_dim": 320}, {"triton"}, None),
+        (
+            "additive",
+            "taylor",
+            BF16,
+            {"batch": 32_768},
+            {"triton"},
+            None,
+        ),  # times two heads is more than a CUDA grid takes
         ("additive", "taylor", torch.float64, {}, {"triton", "fla-core"}, None),
         ("additive", "taylor", BF16, {}, set(), None),
     ],

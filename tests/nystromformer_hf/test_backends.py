@@ -25,12 +25,17 @@ def automatic(monkeypatch):
 
 
 def chosen_on_a_gpu(
-    monkeypatch, dtype: torch.dtype, head_dim: int = 64, value_dim: int | None = None, dropout: float = 0.0
+    monkeypatch,
+    dtype: torch.dtype,
+    head_dim: int = 64,
+    value_dim: int | None = None,
+    dropout: float = 0.0,
+    batch: int = 1,
 ) -> list[str | None]:
     """Names of the kernels that tensors on a GPU would go to: for the text, and for its history."""
     monkeypatch.setattr(backends.CHOICE, "misfit", lambda name, device: None)
     query, value = (
-        SimpleNamespace(is_cuda=True, device=torch.device("cuda"), dtype=dtype, shape=(1, 2, 10, size))
+        SimpleNamespace(is_cuda=True, device=torch.device("cuda"), dtype=dtype, shape=(batch, 2, 10, size))
         for size in (head_dim, value_dim or head_dim)
     )
     kernels = backends.find_landmark_attention(query, value, dropout), backends.find_history_attention(query, value)
@@ -50,7 +55,13 @@ def test_our_own_kernels_serve_where_they_fit(backend, dtype, head_dim, monkeypa
 
 @pytest.mark.parametrize(
     "dtype, sizes",
-    [(FP32, {"head_dim": 256}), (BF16, {"head_dim": 320}), (BF16, {"value_dim": 32}), (torch.float64, {})],
+    [
+        (FP32, {"head_dim": 256}),
+        (BF16, {"head_dim": 320}),
+        (BF16, {"value_dim": 32}),
+        (BF16, {"batch": 32_768}),  # times two heads is more than a CUDA grid takes
+        (torch.float64, {}),
+    ],
 )
 def test_the_rest_is_torch_s(dtype, sizes, monkeypatch):
     monkeypatch.setattr(backends.CHOICE, "missing", lambda name: None)
