@@ -58,8 +58,6 @@ def find_window(query: torch.Tensor, num_sinks: int) -> Callable[..., WindowOutp
 
     Raises `ValueError` if the chosen backend cannot run on their device.
     """
-    if CHOICE.is_torch(query):
-        return window_blocked
     if CHOICE.serves("triton", query) and fits_kernels(query) and num_sinks <= MAX_SINKS:
         from .window_triton import window_merged
 
@@ -75,8 +73,6 @@ def find_kernel(
     map_queries, map_keys: methods of a `FeatureMap`. query, value: (batch, heads, seq, head_dim), before the feature map.
     Raises `ValueError` if the chosen backend cannot run on their device.
     """
-    if CHOICE.is_torch(query):
-        return None
     feature_map = getattr(map_queries, "__self__", None)
     if CHOICE.serves("triton", query) and _has_triton_kernel(update_rule, feature_map, query, value):
         from .taylor_triton import taylor_chunked

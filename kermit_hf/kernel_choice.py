@@ -45,14 +45,12 @@ class KernelChoice:
         finally:
             self.chosen = before
 
-    def is_torch(self, tensor: torch.Tensor) -> bool:
-        """Whether nothing but PyTorch's kernels is asked for."""
-        return self.chosen == "torch" or (self.chosen == "auto" and not tensor.is_cuda)
-
     def serves(self, name: str, tensor: torch.Tensor) -> bool:
         """Whether a backend is to be taken for this tensor. Raises `ValueError` if it is the chosen one and cannot run."""
+        if self.chosen == "torch":
+            return False
         if self.chosen == "auto":
-            can_run = self.missing(name) is None and self.misfit(name, tensor.device) is None
+            can_run = tensor.is_cuda and self.missing(name) is None and self.misfit(name, tensor.device) is None
             return can_run and not torch.compiler.is_compiling()
         self.check(self.chosen)
         if self.chosen != name:

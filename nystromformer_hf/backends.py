@@ -37,7 +37,7 @@ def find_landmark_attention(
 ) -> Callable[..., torch.Tensor] | None:
     """`landmark_attention` if it is to serve queries and values (..., head_dim), else None. Raises `ValueError` if the chosen
     backend cannot run on their device."""
-    if CHOICE.is_torch(query) or not (CHOICE.serves("triton", query) and _fit(query, value)) or dropout > 0.0:
+    if not _serve(query, value) or dropout > 0.0:
         return None
     from .landmark_triton import landmark_attention
 
@@ -46,12 +46,14 @@ def find_landmark_attention(
 
 def find_history_attention(query: torch.Tensor, value: torch.Tensor) -> Callable[..., torch.Tensor] | None:
     """`history_attention`, likewise."""
-    if CHOICE.is_torch(query) or not (CHOICE.serves("triton", query) and _fit(query, value)):
+    if not _serve(query, value):
         return None
     from .landmark_triton import history_attention
 
     return history_attention
 
 
-def _fit(query: torch.Tensor, value: torch.Tensor) -> bool:
-    return fits_kernels(query) and fits_kernels(value) and query.shape[-1] == value.shape[-1]
+def _serve(query: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether our own kernels are to take these states."""
+    fit = fits_kernels(query) and fits_kernels(value) and query.shape[-1] == value.shape[-1]
+    return CHOICE.serves("triton", query) and fit

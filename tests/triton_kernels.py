@@ -1,4 +1,5 @@
-"""How our Triton kernels are tested without a GPU: run through Triton's interpreter, and compiled for one."""
+"""How kernels and their choice are tested without a GPU: in processes of their own, through Triton's interpreter, and compiled
+for one."""
 
 import os
 import re
@@ -31,6 +32,18 @@ def run_interpreted(*tests: Path) -> None:
         timeout=900,
     )
     assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
+
+
+def run_python(program: str, **variables: str) -> subprocess.CompletedProcess:
+    """In a process of its own, where the choice of a backend is read from these environment variables."""
+    return subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=REPOSITORY,
+        env={**os.environ, **variables, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
 
 
 def compile_kernel(

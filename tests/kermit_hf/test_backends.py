@@ -1,10 +1,7 @@
 """Which kernels run: PyTorch's unless others are chosen, then the best one that fits, and a clear refusal of what cannot be."""
 
 import os
-import subprocess
-import sys
 from importlib.util import find_spec
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,9 +9,9 @@ import torch
 
 from kermit_hf import FEATURE_MAPS, KermitForCausalLM, backends, kernel_backend
 from tests.kermit_hf.tiny_models import tiny_model, tokens
+from tests.triton_kernels import run_python
 
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 TAYLOR = {"update_rule": "additive", "feature_map": "taylor", "feature_dim": 4, "window_size": 4}
 
 
@@ -200,26 +197,14 @@ print(backends.CHOICE.chosen, sorted(loaded & {"triton", "fla"}), sorted(ours))
 """
 
 
-def run_python(program: str, backend: str) -> subprocess.CompletedProcess:
-    """In a process of its own, where KERMIT_BACKEND is read."""
-    return subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=REPOSITORY,
-        env={**os.environ, "KERMIT_BACKEND": backend, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-
-
 @pytest.mark.parametrize("backend, chosen", [("", "torch"), ("auto", "auto")])
 def test_a_cpu_loads_no_kernels(backend, chosen):
-    result = run_python(LEFT_ALONE, backend)
+    result = run_python(LEFT_ALONE, KERMIT_BACKEND=backend)
     assert result.stdout.strip() == f"{chosen} [] []", result.stderr
 
 
 def test_the_environment_chooses_too():
-    result = run_python(LEFT_ALONE, "cuda")
+    result = run_python(LEFT_ALONE, KERMIT_BACKEND="cuda")
     assert result.returncode == 1
     assert "ValueError: kernel backend 'cuda' is unknown; allowed are 'torch', 'auto', 'triton', 'fla'" in result.stderr
 

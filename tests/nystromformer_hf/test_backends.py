@@ -1,10 +1,7 @@
 """Which kernels run: PyTorch's unless others are chosen, then ours where they fit, and a clear refusal of what cannot be."""
 
 import os
-import subprocess
-import sys
 from importlib.util import find_spec
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,9 +9,9 @@ import torch
 
 from nystromformer_hf import backends, kernel_backend
 from tests.nystromformer_hf.decoder_models import tiny_model, tokens
+from tests.triton_kernels import run_python
 
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 BF16, FP32 = torch.bfloat16, torch.float32
 
 
@@ -131,26 +128,14 @@ print(backends.CHOICE.chosen, "triton" in set(sys.modules) - before, sorted(ours
 """
 
 
-def run_python(program: str, backend: str) -> subprocess.CompletedProcess:
-    """In a process of its own, where NYSTROMFORMER_BACKEND is read."""
-    return subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=REPOSITORY,
-        env={**os.environ, "NYSTROMFORMER_BACKEND": backend, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-
-
 @pytest.mark.parametrize("backend, chosen", [("", "torch"), ("auto", "auto")])
 def test_a_cpu_loads_no_kernels(backend, chosen):
-    result = run_python(LEFT_ALONE, backend)
+    result = run_python(LEFT_ALONE, NYSTROMFORMER_BACKEND=backend)
     assert result.stdout.strip() == f"{chosen} False []", result.stderr
 
 
 def test_the_environment_chooses_too():
-    result = run_python(LEFT_ALONE, "cuda")
+    result = run_python(LEFT_ALONE, NYSTROMFORMER_BACKEND="cuda")
     assert result.returncode == 1
     assert "ValueError: kernel backend 'cuda' is unknown; allowed are 'torch', 'auto', 'triton'" in result.stderr
 
