@@ -1,7 +1,7 @@
 """Whose kernels run in place of PyTorch's: one choice for each package, made by a context manager or an environment variable.
 
-PyTorch's, unless another is chosen, because the others have not run on a GPU yet, only through Triton's interpreter. With "auto" a
-backend is taken for tensors on a GPU it can run on, outside of `torch.compile`, if what it needs is installed.
+PyTorch's, unless another is chosen: those for GPUs have only run through Triton's interpreter yet, and that for CPUs has to be
+compiled. With "auto" a backend is taken for tensors on the device it is made for, outside of `torch.compile`, if it can run there.
 """
 
 import os
@@ -11,6 +11,8 @@ from functools import cache
 from importlib.util import find_spec
 
 import torch
+
+from .cpu_kernels import cpu_misfit
 
 
 # Up to where tiles of our own kernels fit into a GPU's shared memory; head_dim by dtype, float16 being treated as float32.
@@ -50,8 +52,10 @@ class KernelChoice:
         if self.chosen == "torch":
             return False
         if self.chosen == "auto":
-            can_run = tensor.is_cuda and self.missing(name) is None and self.misfit(name, tensor.device) is None
-            return can_run and not torch.compiler.is_compiling()
+            made_for = "cpu" if name == "cpp" else "cuda"
+            if tensor.device.type != made_for or torch.compiler.is_compiling():
+                return False
+            return self.missing(name) is None and self.misfit(name, tensor.device) is None
         self.check(self.chosen)
         if self.chosen != name:
             return False
@@ -86,7 +90,9 @@ def fits_kernels(states: torch.Tensor) -> bool:
 
 @cache
 def device_misfit(name: str, device: torch.device) -> str | None:
-    """Why no backend, or not this one, can run on a device, and what helps; None if it can."""
+    """Why this backend cannot run on a device, and what helps; None if it can."""
+    if name == "cpp":
+        return cpu_misfit(device)
     if device.type != "cuda":
         interpreted = name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
         return None if interpreted else f"tensors are on {device.type!r}; move the model to a CUDA device"

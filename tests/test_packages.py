@@ -11,7 +11,14 @@ import nystromformer_hf
 
 KERMIT = Path(kermit_hf.__file__).parent
 NYSTROMFORMER = Path(nystromformer_hf.__file__).parent
-SHARED = ["checkpoints.py", "kernel_choice.py", "triton_tiles.py", "validation.py"]
+SHARED = [
+    "checkpoints.py",
+    "cpu_kernels.py",
+    "kernel_choice.py",
+    "triton_tiles.py",
+    "validation.py",
+    "vector_tiles.h",
+]
 SHARED_BY_DEMOS = ["classification.py", "generation.py", "record.py", "sources.py", "training.py"]
 
 

@@ -1,0 +1,76 @@
+"""Our kernels in C++: when they can run, and how they are compiled.
+
+They are compiled on first use, which takes about half a minute, by `torch.utils.cpp_extension`, and kept in its folder (the
+environment variable TORCH_EXTENSIONS_DIR, or a cache folder of the user) for every later process.
+"""
+
+import hashlib
+import os
+import shutil
+import sys
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
+HEADER = SOURCE.with_name("vector_tiles.h")
+# What a compiler may use on a CPU that PyTorch describes so; anything else gets what every CPU of its kind has.
+INSTRUCTIONS = {
+    "AVX512": ("-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mavx2", "-mfma"),
+    "AVX2": ("-mavx2", "-mfma"),
+}
+
+
+@cache
+def cpu_misfit(device: torch.device) -> str | None:
+    """Why the kernels cannot run on a device, and what helps; None if they can."""
+    from torch.utils import cpp_extension
+
+    if device.type != "cpu":
+        return f"tensors are on {device.type!r}; move the model to the CPU"
+    if sys.platform != "linux":
+        return f"its kernels are compiled on Linux only, not on {sys.platform!r}; run there"
+    if not SOURCE.exists():
+        return "code from the Hub comes without its sources in C++; install the package linear-time-transformers"
+    if shutil.which(cpp_extension.get_cxx_compiler()) is None:
+        return f"the compiler {cpp_extension.get_cxx_compiler()!r} is not installed; install g++ or name another one in CXX"
+    if not cpp_extension.is_ninja_available():
+        return "ninja, which compiles its kernels, is not installed; run `pip install ninja`"
+    return None
+
+
+@cache
+def load_cpu_kernels(namespace: str):
+    """The operators that `SOURCE` registers under this namespace. Raises `RuntimeError` if it cannot be compiled."""
+    from torch.utils import cpp_extension
+
+    capability = torch.backends.cpu.get_cpu_capability()
+    flags = ["-O3", "-fopenmp", "-ffp-contract=fast", *INSTRUCTIONS.get(capability, ())]
+    versions = [torch.__version__, *flags, SOURCE.read_text(), HEADER.read_text()]
+    name = f"{namespace}_{hashlib.sha256(repr(versions).encode()).hexdigest()[:16]}"
+    root = Path(cpp_extension.get_default_build_root())
+    library = root / f"{name}.so"
+    if library.exists():
+        torch.ops.load_library(library)
+        return getattr(torch.ops, namespace)
+
+    logger.warning(f"Compiling the CPU kernels of {namespace}, once on this machine: about half a minute.")
+    root.mkdir(parents=True, exist_ok=True)
+    # In a folder of its own, so that neither a process that is cut off nor one that compiles the same leaves anything in the way.
+    with TemporaryDirectory(dir=root) as folder:
+        cpp_extension.load(
+            name,
+            [str(SOURCE)],
+            extra_cflags=flags,
+            extra_ldflags=["-fopenmp"],
+            build_directory=folder,
+            is_python_module=False,
+        )
+        os.replace(Path(folder, f"{name}.so"), library)
+    return getattr(torch.ops, namespace)

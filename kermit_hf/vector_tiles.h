@@ -1,0 +1,158 @@
+// Vectors of floats and products of matrices that fit into a core's caches: what the CPU kernels of this package are made of.
+//
+// Matrices are pointers to floats. Those that a product reads by columns (its second factor and its result) have contiguous
+// rows and a whole number of vectors as their width; `round_up` says how wide, and what is beyond the matrix must be finite.
+
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <memory>
+
+namespace tiles {
+
+#if defined(__AVX512F__)
+constexpr int64_t LANES = 16, TILE_ROWS = 6, TILE_VECTORS = 4;  // 24 of 32 registers hold sums
+#elif defined(__AVX__)
+constexpr int64_t LANES = 8, TILE_ROWS = 6, TILE_VECTORS = 2;  // 12 of 16
+#else
+constexpr int64_t LANES = 4, TILE_ROWS = 6, TILE_VECTORS = 4;
+#endif
+
+typedef float Vector __attribute__((vector_size(4 * LANES)));
+typedef int32_t IntVector __attribute__((vector_size(4 * LANES)));
+
+inline Vector load(const float* from) {
+  Vector vector;
+  std::memcpy(&vector, from, sizeof vector);
+  return vector;
+}
+
+inline void store(float* to, Vector vector) { std::memcpy(to, &vector, sizeof vector); }
+
+inline Vector fill(float number) { return Vector{} + number; }
+
+inline Vector larger(Vector a, Vector b) { return a > b ? a : b; }
+
+inline int64_t round_up(int64_t count, int64_t unit = LANES) { return (count + unit - 1) / unit * unit; }
+
+// Folds the lanes of a vector into one number, halves upon halves.
+template <int64_t lanes = LANES, class Operation>
+inline float fold(const float* numbers, Operation operation) {
+  if constexpr (lanes == 1) {
+    return numbers[0];
+  } else {
+    float half[lanes / 2];
+    for (int64_t lane = 0; lane < lanes / 2; lane++) half[lane] = operation(numbers[lane], numbers[lane + lanes / 2]);
+    return fold<lanes / 2>(half, operation);
+  }
+}
+
+inline float sum_of(Vector vector) {
+  return fold(reinterpret_cast<const float*>(&vector), [](float a, float b) { return a + b; });
+}
+
+inline float largest_of(Vector vector) {
+  return fold(reinterpret_cast<const float*>(&vector), [](float a, float b) { return a > b ? a : b; });
+}
+
+// exp of numbers up to 88, to about one unit in the last place; zero below -87, where floats become denormal.
+// 2^k exp(r) with |r| <= ln 2 / 2 and the polynomial of Cephes' expf (Moshier 1989) for exp(r).
+inline Vector exponential(Vector x) {
+  const Vector in_range = larger(x, fill(-87.0f));
+  const Vector shifted = in_range * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: its last bits are the rounded k
+  const Vector k = shifted - 12582912.0f;
+  const Vector r = in_range - k * 0.693359375f - k * -2.12194440e-4f;
+  Vector p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  IntVector bits;
+  std::memcpy(&bits, &shifted, sizeof bits);
+  bits = (bits + 127) << 23;
+  Vector power;
+  std::memcpy(&power, &bits, sizeof power);
+  return x < -87.0f ? Vector{} : p * power;
+}
+
+template <int64_t rows, int64_t vectors>
+inline void product_tile(int64_t depth, const float* a, int64_t a_row, int64_t a_column, const float* b, int64_t b_row,
+                         float* c, int64_t c_row, bool add) {
+  Vector sums[rows][vectors];
+#pragma GCC unroll 8
+  for (int64_t i = 0; i < rows; i++)
+#pragma GCC unroll 4
+    for (int64_t j = 0; j < vectors; j++) sums[i][j] = add ? load(c + i * c_row + j * LANES) : Vector{};
+  for (int64_t k = 0; k < depth; k++) {
+    Vector columns[vectors];
+#pragma GCC unroll 4
+    for (int64_t j = 0; j < vectors; j++) columns[j] = load(b + k * b_row + j * LANES);
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < rows; i++) {
+      const Vector factor = fill(a[i * a_row + k * a_column]);
+#pragma GCC unroll 4
+      for (int64_t j = 0; j < vectors; j++) sums[i][j] += factor * columns[j];
+    }
+  }
+#pragma GCC unroll 8
+  for (int64_t i = 0; i < rows; i++)
+#pragma GCC unroll 4
+    for (int64_t j = 0; j < vectors; j++) store(c + i * c_row + j * LANES, sums[i][j]);
+}
+
+template <int64_t rows>
+inline void product_rows(int64_t depth, int64_t width, const float* a, int64_t a_row, int64_t a_column, const float* b,
+                         int64_t b_row, float* c, int64_t c_row, bool add) {
+  for (; width >= TILE_VECTORS * LANES; width -= TILE_VECTORS * LANES, b += TILE_VECTORS * LANES, c += TILE_VECTORS * LANES)
+    product_tile<rows, TILE_VECTORS>(depth, a, a_row, a_column, b, b_row, c, c_row, add);
+  for (; width > 0; width -= LANES, b += LANES, c += LANES)
+    product_tile<rows, 1>(depth, a, a_row, a_column, b, b_row, c, c_row, add);
+}
+
+// C (rows, width) = A (rows, depth) B (depth, width), or C += A B where `add`. Element (i, k) of A is a[i * a_row + k * a_column].
+inline void product(int64_t rows, int64_t depth, int64_t width, const float* a, int64_t a_row, int64_t a_column,
+                    const float* b, int64_t b_row, float* c, int64_t c_row, bool add = false) {
+  for (; rows >= TILE_ROWS; rows -= TILE_ROWS, a += TILE_ROWS * a_row, c += TILE_ROWS * c_row)
+    product_rows<TILE_ROWS>(depth, width, a, a_row, a_column, b, b_row, c, c_row, add);
+  switch (rows) {
+    case 5: return product_rows<5>(depth, width, a, a_row, a_column, b, b_row, c, c_row, add);
+    case 4: return product_rows<4>(depth, width, a, a_row, a_column, b, b_row, c, c_row, add);
+    case 3: return product_rows<3>(depth, width, a, a_row, a_column, b, b_row, c, c_row, add);
+    case 2: return product_rows<2>(depth, width, a, a_row, a_column, b, b_row, c, c_row, add);
+    case 1: return product_rows<1>(depth, width, a, a_row, a_column, b, b_row, c, c_row, add);
+  }
+}
+
+// Memory for floats, aligned to cache lines, not initialised.
+class Scratch {
+ public:
+  explicit Scratch(int64_t count) : memory_(new (std::align_val_t(64)) float[count]) {}
+  operator float*() const { return memory_.get(); }
+
+ private:
+  struct Free {
+    void operator()(float* memory) const { ::operator delete[](memory, std::align_val_t(64)); }
+  };
+  std::unique_ptr<float[], Free> memory_;
+};
+
+// Rows (rows, width) of a matrix whose rows lie `stride` apart, one after the other.
+inline void pack(int64_t rows, int64_t width, const float* from, int64_t stride, float* to) {
+  for (int64_t i = 0; i < rows; i++) std::memcpy(to + i * width, from + i * stride, width * sizeof(float));
+}
+
+// The transpose, times `scale`, of a matrix (rows, width) whose rows lie `stride` apart: (width, columns), zero from column
+// `rows` on.
+inline void pack_transposed(int64_t rows, int64_t width, const float* from, int64_t stride, float scale, float* to,
+                            int64_t columns) {
+  for (int64_t j = 0; j < width; j++) {
+    for (int64_t i = 0; i < rows; i++) to[j * columns + i] = scale * from[i * stride + j];
+    for (int64_t i = rows; i < columns; i++) to[j * columns + i] = 0.0f;
+  }
+}
+
+}  // namespace tiles
