@@ -109,5 +109,5 @@ def _misfit(name: str, device: torch.device) -> str | None:
     return misfit
 
 
-PACKAGES = {"triton": {"triton": "triton"}, "fla": {"fla-core": "fla", "triton": "triton"}}
+PACKAGES = {"cpp": {}, "triton": {"triton": "triton"}, "fla": {"fla-core": "fla", "triton": "triton"}}
 CHOICE = KernelChoice("KERMIT_BACKEND", PACKAGES, _misfit)

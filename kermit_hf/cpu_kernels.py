@@ -18,8 +18,8 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
-HEADER = SOURCE.with_name("vector_tiles.h")
+SOURCES = sorted(Path(__file__).parent.glob("*_cpu.cpp"))
+HEADER = Path(__file__).with_name("vector_tiles.h")
 # What a compiler may use on a CPU that PyTorch describes so; anything else gets what every CPU of its kind has.
 INSTRUCTIONS = {
     "AVX512": ("-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mavx2", "-mfma"),
@@ -36,7 +36,7 @@ def cpu_misfit(device: torch.device) -> str | None:
         return f"tensors are on {device.type!r}; move the model to the CPU"
     if sys.platform != "linux":
         return f"its kernels are compiled on Linux only, not on {sys.platform!r}; run there"
-    if not SOURCE.exists():
+    if not SOURCES:
         return "code from the Hub comes without its sources in C++; install the package linear-time-transformers"
     if shutil.which(cpp_extension.get_cxx_compiler()) is None:
         return f"the compiler {cpp_extension.get_cxx_compiler()!r} is not installed; install g++ or name another one in CXX"
@@ -47,12 +47,12 @@ def cpu_misfit(device: torch.device) -> str | None:
 
 @cache
 def load_cpu_kernels(namespace: str):
-    """The operators that `SOURCE` registers under this namespace. Raises `RuntimeError` if it cannot be compiled."""
+    """The operators that `SOURCES` register under this namespace. Raises `RuntimeError` if it cannot be compiled."""
     from torch.utils import cpp_extension
 
     capability = torch.backends.cpu.get_cpu_capability()
     flags = ["-O3", "-fopenmp", "-ffp-contract=fast", *INSTRUCTIONS.get(capability, ())]
-    versions = [torch.__version__, *flags, SOURCE.read_text(), HEADER.read_text()]
+    versions = [torch.__version__, *flags, *(file.read_text() for file in (HEADER, *SOURCES))]
     name = f"{namespace}_{hashlib.sha256(repr(versions).encode()).hexdigest()[:16]}"
     root = Path(cpp_extension.get_default_build_root())
     library = root / f"{name}.so"
@@ -66,7 +66,7 @@ def load_cpu_kernels(namespace: str):
     with TemporaryDirectory(dir=root) as folder:
         cpp_extension.load(
             name,
-            [str(SOURCE)],
+            [str(source) for source in SOURCES],
             extra_cflags=flags,
             extra_ldflags=["-fopenmp"],
             build_directory=folder,

@@ -21,7 +21,7 @@ import torch
 from .kernel_choice import KernelChoice, device_misfit, fits_kernels
 
 
-CHOICE = KernelChoice("NYSTROMFORMER_BACKEND", {"triton": {"triton": "triton"}}, device_misfit)
+CHOICE = KernelChoice("NYSTROMFORMER_BACKEND", {"cpp": {}, "triton": {"triton": "triton"}}, device_misfit)
 
 
 def kernel_backend(name: str) -> AbstractContextManager[None]:
