@@ -32,7 +32,7 @@ inline Vector load(const float* from) {
 
 inline void store(float* to, Vector vector) { std::memcpy(to, &vector, sizeof vector); }
 
-inline Vector fill(float number) { return Vector{} + number; }
+inline Vector fill(float number) { return number - Vector{}; }
 
 inline Vector larger(Vector a, Vector b) { return a > b ? a : b; }
 
