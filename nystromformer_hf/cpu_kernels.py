@@ -45,6 +45,15 @@ def cpu_misfit(device: torch.device) -> str | None:
     return None
 
 
+def takes_cpu_tensors(*tensors: torch.Tensor) -> bool:
+    """Whether the kernels take these: float32, real memory behind them, neither traced nor transformed."""
+    return (
+        all(type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.dtype == torch.float32 for tensor in tensors)
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
 @cache
 def load_cpu_kernels(namespace: str):
     """The operators that `SOURCES` register under this namespace. Raises `RuntimeError` if it cannot be compiled."""

@@ -20,7 +20,7 @@ namespace {
 using at::Tensor;
 using namespace tiles;
 
-constexpr int64_t BLOCK = 96, SPAN = 1056, TAPS_AT_ONCE = 11;
+constexpr int64_t BLOCK = 48, SPAN = 1056, TAPS_AT_ONCE = 11;
 
 // One head of a tensor (batch, heads, rows, columns) with contiguous columns.
 struct Head {

@@ -20,7 +20,9 @@ def nystrom_attention_fused(
     Every row must have more real tokens than there are landmarks. float32 on a CPU. Shapes: see `nystrom_attention`.
     """
     states = [tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (query, key, value)]
-    return _FusedAttention.apply(*states, kernels, lengths, num_landmarks, inverse_iterations, inverse_init == "original")
+    return _FusedAttention.apply(
+        *states, kernels, lengths, num_landmarks, inverse_iterations, inverse_init == "original"
+    )
 
 
 class _FusedAttention(torch.autograd.Function):

@@ -29,6 +29,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
 
+from .backends import find_fused_attention
 from .checkpoints import HUB_ARGUMENTS, load_whole
 from .configuration_nystromformer_hf import NystromformerHFConfig
 from .nystrom_attention import Padding, nystrom_attention, nystrom_attention_eager, read_padding, value_convolution
@@ -123,26 +124,31 @@ class NystromformerHFSelfAttention(nn.Module):
 
         # Attention weights exist in the eager form only: whoever asks for them gets that form.
         eager = output_attentions or self.config._attn_implementation == "eager"
-        context, weights = (nystrom_attention_eager if eager else nystrom_attention)(
-            query,
-            key,
-            value,
-            num_landmarks=self.config.num_landmarks,
-            lengths=lengths,
-            dropout=self.config.attention_probs_dropout_prob if self.training else 0.0,
-            refinement_steps=self.config.landmark_refinement_steps,
-            inverse_iterations=self.config.inverse_iterations,
-            inverse_init=self.config.inverse_init,
-            inverse_regularization=self.config.inverse_regularization,
-        )
-        if self.conv is not None:
-            context = self.conv(value, lengths, context)
-
+        context, weights = self._attend(query, key, value, lengths, eager)
         context = context.transpose(1, 2).flatten(2)
         if padding is not None:
             context = padding.unpack(context)
             weights = padding.unpack_attention(weights) if weights is not None else None
         return context, weights
+
+    def _attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: torch.Tensor | None, eager: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What the heads read, (batch, heads, seq, head_dim), the convolution included, and, in the eager form, their weights."""
+        arguments = query, key, value, self.config.num_landmarks, lengths
+        options = {
+            "dropout": self.config.attention_probs_dropout_prob if self.training else 0.0,
+            "refinement_steps": self.config.landmark_refinement_steps,
+            "inverse_iterations": self.config.inverse_iterations,
+            "inverse_init": self.config.inverse_init,
+            "inverse_regularization": self.config.inverse_regularization,
+        }
+        kernels = None if self.conv is None else self.conv.weight[:, 0, :, 0]
+        fused = None if eager else find_fused_attention(*arguments, kernels, **options)
+        if fused is not None:
+            return fused(*arguments, kernels), None
+        context, weights = (nystrom_attention_eager if eager else nystrom_attention)(*arguments, **options)
+        return context if self.conv is None else self.conv(value, lengths, context), weights
 
 
 class NystromformerHFOutput(nn.Module):

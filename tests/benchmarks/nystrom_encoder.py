@@ -11,7 +11,8 @@ from transformers import BertConfig, NystromformerConfig
 from transformers.models.bert.modeling_bert import BertLayer
 from transformers.models.nystromformer.modeling_nystromformer import NystromformerLayer, NystromformerSelfAttention
 
-from nystromformer_hf import NystromformerHFConfig
+from nystromformer_hf import NystromformerHFConfig, kernel_backend
+from nystromformer_hf.cpu_kernels import cpu_misfit
 from nystromformer_hf.modeling_nystromformer_hf import NystromformerHFLayer, NystromformerHFSelfAttention
 
 from . import peers, work
@@ -21,6 +22,7 @@ from .targets import Faster, growing
 
 
 LANDMARKS, FEATURES = 64, 128
+COMPILED = "ours, C++"
 
 
 def _configs(seq_len: int) -> tuple[NystromformerConfig, NystromformerHFConfig]:
@@ -48,6 +50,8 @@ def attention_cores(seq_len: int, batch: int = 1, backward: bool = False) -> dic
         "ours": once(ours, HEADS * _nystrom(seq_len, theirs_config)),
         "transformers": once(theirs, HEADS * _nystrom(seq_len, theirs_config)),
     }
+    if cpu_misfit(torch.device("cpu")) is None:
+        cores[COMPILED] = once(_compiled(ours), HEADS * _nystrom(seq_len, theirs_config))
     if peers.has("nystrom-attention"):
         cores["nystrom-attention"] = once(_nystrom_attention())
     return cores | {name: once(_on_heads(peer)) for name, peer in peers.bidirectional_peers(HEAD_DIM, FEATURES).items()}
@@ -70,7 +74,19 @@ def encoder_layers(seq_len: int, batch: int = 1, backward: bool = False) -> dict
         attention = _softmax(seq_len) if name == "BERT (SDPA)" else _nystrom(seq_len, theirs_config)
         needed = HEADS * attention + work.linear_layers(layer, seq_len)
         contenders[name] = _contender(layer, needed, hidden=hidden, backward=backward)
+        if name == "ours" and cpu_misfit(torch.device("cpu")) is None:
+            contenders[COMPILED] = _contender(_compiled(layer), needed, hidden=hidden, backward=backward)
     return contenders
+
+
+def _compiled(function: Callable) -> Callable:
+    """With our kernels in C++."""
+
+    def run(hidden_states: torch.Tensor):
+        with kernel_backend("cpp"):
+            return function(hidden_states)
+
+    return run
 
 
 def _softmax(seq_len: int) -> int:
@@ -121,7 +137,7 @@ def _contender(
 
 
 CORE_TARGETS = tuple(
-    Faster("ours", rival, length, ratio)
+    Faster(COMPILED, rival, length, ratio)
     for rival, ratio in (("transformers", 3.0), ("nystrom-attention", 2.5))
     for length in (4096, 8192)
 )
@@ -130,22 +146,22 @@ SECTIONS = {
         "Nyström encoder attention without projections, forward: 8 heads x 64, 64 landmarks",
         by_length(attention_cores),
         LENGTHS,
-        (*CORE_TARGETS, *growing(1.1, "ours")),
+        (*CORE_TARGETS, *growing(1.1, "ours", COMPILED)),
     ),
     "nystrom-core-training": Section(
         "Nyström encoder attention without projections, forward + backward: 8 heads x 64, 64 landmarks",
         by_length(partial(attention_cores, backward=True)),
         LENGTHS,
-        (*CORE_TARGETS, *growing(1.1, "ours")),
+        (*CORE_TARGETS, *growing(1.1, "ours", COMPILED)),
     ),
     "nystrom-layer": Section(
         "One encoder layer, forward: width 512, 8 heads, 64 landmarks",
         by_length(encoder_layers),
         LENGTHS,
         (
-            Faster("ours", "transformers", 8192, 1.5),
-            Faster("ours", "BERT (SDPA)", 8192, 3.0),
-            *growing(1.1, "ours"),
+            *(Faster(name, "transformers", 8192, 1.5) for name in ("ours", COMPILED)),
+            *(Faster(name, "BERT (SDPA)", 8192, 3.0) for name in ("ours", COMPILED)),
+            *growing(1.1, "ours", COMPILED),
         ),
     ),
 }

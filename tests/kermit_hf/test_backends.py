@@ -150,7 +150,7 @@ def test_the_choice_ends_with_an_error():
 
 def test_an_unknown_backend_is_refused():
     with pytest.raises(
-        ValueError, match="kernel backend 'cuda' is unknown; allowed are 'torch', 'auto', 'triton', 'fla'"
+        ValueError, match="kernel backend 'cuda' is unknown; allowed are 'torch', 'auto', 'cpp', 'triton', 'fla'"
     ):
         kernel_backend("cuda").__enter__()
 
@@ -191,14 +191,14 @@ model = KermitForCausalLM(KermitConfig(**sizes, update_rule="additive", feature_
 before = set(sys.modules)
 model(torch.ones(1, 12, dtype=torch.long), labels=torch.ones(1, 12, dtype=torch.long)).loss.backward()
 loaded = {name.split(".")[0] for name in set(sys.modules) - before}
-ours = {name for name in sys.modules if name.startswith("kermit_hf.") and name.endswith(("_triton", "_kernels"))}
+ours = {name for name in sys.modules if name.startswith("kermit_hf.") and name.endswith(("_triton", "fla_kernels"))}
 from kermit_hf import backends
 print(backends.CHOICE.chosen, sorted(loaded & {"triton", "fla"}), sorted(ours))
 """
 
 
 @pytest.mark.parametrize("backend, chosen", [("", "torch"), ("auto", "auto")])
-def test_a_cpu_loads_no_kernels(backend, chosen):
+def test_a_cpu_loads_no_kernels_of_gpus(backend, chosen):
     result = run_python(LEFT_ALONE, KERMIT_BACKEND=backend)
     assert result.stdout.strip() == f"{chosen} [] []", result.stderr
 
@@ -206,7 +206,10 @@ def test_a_cpu_loads_no_kernels(backend, chosen):
 def test_the_environment_chooses_too():
     result = run_python(LEFT_ALONE, KERMIT_BACKEND="cuda")
     assert result.returncode == 1
-    assert "ValueError: kernel backend 'cuda' is unknown; allowed are 'torch', 'auto', 'triton', 'fla'" in result.stderr
+    assert (
+        "ValueError: kernel backend 'cuda' is unknown; allowed are 'torch', 'auto', 'cpp', 'triton', 'fla'"
+        in result.stderr
+    )
 
 
 def test_the_choice_is_no_part_of_a_model():

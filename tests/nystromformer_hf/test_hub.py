@@ -31,8 +31,14 @@ class TestNystromformerEncoderOnTheHub(HubRoundTrip):
     code: ClassVar = [
         "modeling_nystromformer_hf.py",
         "configuration_nystromformer_hf.py",
+        "backends.py",
         "checkpoints.py",
+        "cpu_kernels.py",
+        "encoder_cpu.py",
+        "kernel_choice.py",
+        "landmark_triton.py",
         "nystrom_attention.py",
+        "triton_tiles.py",
         "validation.py",
     ]
     pushed_heads: ClassVar = ["AutoModelForMaskedLM"]

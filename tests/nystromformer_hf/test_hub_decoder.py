@@ -36,6 +36,8 @@ class TestNystromformerDecoderOnTheHub(GenerativeHubRoundTrip):
         "cache_nystromformer_hf_decoder.py",
         "causal_nystrom_attention.py",
         "checkpoints.py",
+        "cpu_kernels.py",
+        "encoder_cpu.py",
         "kernel_choice.py",
         "landmark_triton.py",
         "tiled_attention.py",
