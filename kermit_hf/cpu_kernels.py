@@ -46,10 +46,11 @@ def cpu_misfit(device: torch.device) -> str | None:
 
 
 def takes_cpu_tensors(*tensors: torch.Tensor) -> bool:
-    """Whether the kernels take these: float32, real memory behind them, neither traced nor transformed."""
+    """Whether the kernels take these: float32, with real memory behind them, and not under a functorch transform."""
+    plain = all(type(tensor) in (torch.Tensor, torch.nn.Parameter) for tensor in tensors)
     return (
-        all(type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.dtype == torch.float32 for tensor in tensors)
-        and not torch.compiler.is_compiling()
+        plain
+        and all(tensor.dtype == torch.float32 for tensor in tensors)
         and not torch._C._are_functorch_transforms_active()
     )
 

@@ -49,7 +49,7 @@ class KernelChoice:
 
     def serves(self, name: str, tensor: torch.Tensor) -> bool:
         """Whether a backend is to be taken for this tensor. Raises `ValueError` if it is the chosen one and cannot run."""
-        if self.chosen == "torch":
+        if self.chosen == "torch" or (name == "cpp" and torch.compiler.is_compiling()):
             return False
         if self.chosen == "auto":
             made_for = "cpu" if name == "cpp" else "cuda"

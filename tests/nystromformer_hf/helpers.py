@@ -15,7 +15,7 @@ TINY = {
     "vocab_size": 60,
     "hidden_size": 32,
     "num_hidden_layers": 2,
-    "num_attention_heads": 4,
+    "num_attention_heads": 2,
     "intermediate_size": 64,
     "max_position_embeddings": 128,
     "num_landmarks": 16,

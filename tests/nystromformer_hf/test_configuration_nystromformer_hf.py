@@ -16,7 +16,7 @@ from tests.nystromformer_hf.helpers import in_tree_config, tiny_config
         ("num_hidden_layers", 0, "from 1"),
         ("vocab_size", -3, "from 1"),
         ("max_position_embeddings", 0, "from 1"),
-        ("hidden_size", 30, "multiples of num_attention_heads=4"),
+        ("hidden_size", 31, "multiples of num_attention_heads=2"),
         ("num_attention_heads", 0, "from 1"),
         ("conv_kernel_size", 0, "from 1"),
         ("conv_kernel_size", 2.5, "int"),
