@@ -1,0 +1,394 @@
+// The additive rule in chunks, and its backward pass; the formulas are those of `additive_chunked` in kernel_attention.py.
+//
+// One key/value head after the other: explicit weights inside a chunk, and the memory S of everything before it, which stays in
+// the caches. The feature map elu(x) + 1 is taken while the tokens of a chunk are packed. Below, q and k are features.
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <sys/mman.h>
+
+#include <cmath>
+#include <optional>
+#include <tuple>
+#include <utility>
+
+#include "vector_tiles.h"
+
+namespace {
+
+using namespace tiles;
+using at::Tensor;
+
+constexpr int64_t CHUNK = 48;
+constexpr float MIN_LOG_DECAY = -40.0f;
+constexpr float MIN_DENOMINATOR = 1e-30f;
+
+struct Sizes {
+  int64_t batch, heads, kv_heads, length, features, dims;
+  // Whole vectors, and rows of values with one more number beside them.
+  int64_t feature_width, value_width, extended_width;
+
+  Sizes(const Tensor& query, const Tensor& key, const Tensor& value)
+      : batch(query.size(0)),
+        heads(query.size(1)),
+        kv_heads(key.size(1)),
+        length(query.size(2)),
+        features(query.size(3)),
+        dims(value.size(3)),
+        feature_width(round_up(features)),
+        value_width(round_up(dims)),
+        extended_width(round_up(dims + 1)) {}
+
+  int64_t groups() const { return heads / kv_heads; }
+  int64_t chunks() const { return (length + CHUNK - 1) / CHUNK; }
+};
+
+// Tokens of a tensor (batch, heads, seq, dim) or (batch, heads, seq) of any strides but that of the last axis, which is one.
+struct Tokens {
+  float* data;
+  int64_t batch, head, stride;
+
+  explicit Tokens(const Tensor& tensor)
+      : data(tensor.data_ptr<float>()), batch(tensor.stride(0)), head(tensor.stride(1)), stride(tensor.stride(2)) {}
+
+  float* at(int64_t b, int64_t h, int64_t token) const { return data + b * batch + h * head + token * stride; }
+};
+
+std::optional<Tokens> tokens_of(const std::optional<Tensor>& tensor) {
+  return tensor ? std::optional<Tokens>(*tensor) : std::nullopt;
+}
+
+// Packing.
+
+// elu(x) + 1, as `_EluPlusOne` has it. Not-a-numbers stay what they are: the second one of two is taken.
+Vector elu_plus_one(Vector x) {
+  const Vector zero{};
+  const Vector negative = zero < x ? zero : x;
+  return exponential(larger(fill(MIN_LOG_DECAY), negative)) + larger(zero, x);
+}
+
+// Rows (rows, width) into whole vectors, whose rest gets zero: `map` of them, a function of a vector.
+template <class Map>
+void pack_mapped(int64_t rows, int64_t width, const float* from, int64_t stride, float* to, int64_t padded, Map map) {
+  const int64_t whole = width / LANES * LANES;
+  for (int64_t i = 0; i < rows; i++, from += stride, to += padded) {
+    for (int64_t j = 0; j < whole; j += LANES) store(to + j, map(load(from + j)));
+    if (whole == padded) continue;
+    float rest[LANES] = {};
+    std::copy(from + whole, from + width, rest);
+    store(rest, map(load(rest)));
+    std::fill(std::copy(rest, rest + width - whole, to + whole), to + padded, 0.0f);
+  }
+}
+
+// The features of tokens, (rows, padded), those of a token that does not enter being zero.
+void pack_features(bool elu, int64_t rows, int64_t features, const float* from, int64_t stride, const float* keep, float* to,
+                   int64_t padded) {
+  if (elu)
+    pack_mapped(rows, features, from, stride, to, padded, elu_plus_one);
+  else
+    pack_mapped(rows, features, from, stride, to, padded, [](Vector x) { return x; });
+  for (int64_t i = 0; keep && i < rows; i++)
+    if (keep[i] == 0.0f) std::fill_n(to + i * padded, padded, 0.0f);
+}
+
+void unpack(int64_t rows, int64_t width, const float* from, int64_t padded, float* to, int64_t stride) {
+  for (int64_t i = 0; i < rows; i++) std::copy_n(from + i * padded, width, to + i * stride);
+}
+
+template <int64_t step, size_t... lane>
+void swap_lanes(Vector& a, Vector& b, std::index_sequence<lane...>) {
+  const Vector first = __builtin_shufflevector(a, b, (lane & step ? LANES + lane - step : lane)...);
+  b = __builtin_shufflevector(a, b, (lane & step ? LANES + lane : lane + step)...);
+  a = first;
+}
+
+// Transposes a square of vectors by exchanging ever larger blocks off the diagonal.
+template <int64_t step = 1>
+inline void transpose_square(Vector* rows) {
+  if constexpr (step < LANES) {
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < LANES; i++)
+      if (!(i & step)) swap_lanes<step>(rows[i], rows[i + step], std::make_index_sequence<LANES>());
+    transpose_square<2 * step>(rows);
+  }
+}
+
+// (rows, width) -> (width, rows) for a whole number of vectors both ways.
+void transpose(int64_t rows, int64_t width, const float* from, int64_t stride, float* to, int64_t to_stride) {
+  for (int64_t i = 0; i < rows; i += LANES)
+    for (int64_t j = 0; j < width; j += LANES) {
+      Vector square[LANES];
+#pragma GCC unroll 16
+      for (int64_t k = 0; k < LANES; k++) square[k] = load(from + (i + k) * stride + j);
+      transpose_square(square);
+#pragma GCC unroll 16
+      for (int64_t k = 0; k < LANES; k++) store(to + (j + k) * to_stride + i, square[k]);
+    }
+}
+
+struct Lanes {
+  int32_t numbers[LANES];
+  constexpr Lanes() : numbers() {
+    for (int64_t i = 0; i < LANES; i++) numbers[i] = i;
+  }
+  IntVector vector() const {
+    IntVector vector;
+    std::memcpy(&vector, numbers, sizeof vector);
+    return vector;
+  }
+};
+constexpr Lanes COLUMNS;
+
+// Asks for rows that will be needed soon.
+void prefetch(int64_t rows, int64_t width, const float* from, int64_t stride) {
+  for (int64_t i = 0; i < rows; i++)
+    for (int64_t j = 0; j < width; j += 16) __builtin_prefetch(from + i * stride + j);
+}
+
+// Small operations on rows of whole vectors.
+
+float dot(int64_t width, const float* a, const float* b) {
+  Vector sum{};
+  for (int64_t j = 0; j < width; j += LANES) sum += load(a + j) * load(b + j);
+  return sum_of(sum);
+}
+
+void scale(int64_t width, float factor, float* row) {
+  for (int64_t j = 0; j < width; j += LANES) store(row + j, load(row + j) * factor);
+}
+
+// total = decay total + added
+void carry(int64_t count, float decay, const float* added, float* total) {
+  for (int64_t i = 0; i < count; i += LANES) store(total + i, load(total + i) * decay + load(added + i));
+}
+
+void add_rows(int64_t rows, int64_t width, const float* matrix, float* sums) {
+  for (int64_t j = 0; j < width; j += LANES) {
+    Vector sum{};
+    for (int64_t i = 0; i < rows; i++) sum += load(matrix + i * width + j);
+    store(sums + j, sum);
+  }
+}
+
+// Triangular products. Their matrices, rows of queries and columns of keys, are zero where a key comes after the query.
+
+// A few rows of A B.
+template <int64_t vectors>
+void product_columns(int64_t rows, int64_t depth, const float* a, int64_t a_row, const float* b, int64_t b_row, float* c,
+                     int64_t c_row) {
+  if (rows == TILE_ROWS)
+    product_tile<TILE_ROWS, vectors>(depth, a, a_row, 1, b, b_row, c, c_row, false);
+  else
+    product(rows, depth, vectors * LANES, a, a_row, 1, b, b_row, c, c_row);
+}
+
+// The same for any number of columns, as many of them at once as there are registers for.
+void product_of_rows(int64_t rows, int64_t depth, int64_t width, const float* a, int64_t a_row, const float* b, int64_t b_row,
+                     float* c, int64_t c_row) {
+  for (int64_t j = 0; j < width; j += TILE_VECTORS * LANES, b += TILE_VECTORS * LANES, c += TILE_VECTORS * LANES)
+    switch (std::min((width - j) / LANES, TILE_VECTORS)) {
+      case 1: product_columns<1>(rows, depth, a, a_row, b, b_row, c, c_row); break;
+      case 2: product_columns<2>(rows, depth, a, a_row, b, b_row, c, c_row); break;
+      case 3: product_columns<3>(rows, depth, a, a_row, b, b_row, c, c_row); break;
+      case 4: product_columns<4>(rows, depth, a, a_row, b, b_row, c, c_row); break;
+    }
+}
+
+// Decay between the tokens of a chunk, see `_decays`.
+struct Decays {
+  alignas(64) float pairs[CHUNK * CHUNK];
+  float in[CHUNK], out[CHUNK], all;
+
+  void set(int64_t rows, const float* log_forget, int64_t stride) {
+    alignas(64) float coarse[CHUNK] = {}, fine[CHUNK] = {};
+    float coarse_sum = 0.0f, fine_sum = 0.0f;
+    for (int64_t i = 0; i < rows; i++) {
+      const float gate = std::max(log_forget[i * stride], 2 * MIN_LOG_DECAY);
+      const float rounded = std::nearbyint(gate * 64.0f) / 64.0f;
+      coarse[i] = coarse_sum += rounded;
+      fine[i] = fine_sum += gate - rounded;
+    }
+    for (int64_t i = 0; i < rows; i++) {
+      for (int64_t j = 0; j <= i; j += LANES)
+        store(pairs + i * CHUNK + j, decay((coarse[i] - load(coarse + j)) + (fine[i] - load(fine + j))));
+      in[i] = decay(fill(coarse[i] + fine[i]))[0];
+      out[i] = decay(fill((coarse_sum - coarse[i]) + (fine_sum - fine[i])))[0];
+    }
+    all = in[rows - 1];
+  }
+
+  static Vector decay(Vector log_decay) {
+    const Vector zero{};
+    return log_decay < MIN_LOG_DECAY ? zero : exponential(log_decay < zero ? log_decay : zero);
+  }
+};
+
+// Leaves of a tile of weights or their gradients, rows `first` to `last` and as many columns, what causality leaves, times decay.
+void mask_future(int64_t first, int64_t last, float* weights, int64_t stride, const Decays* decays) {
+  for (int64_t i = first; i < last; i++, weights += stride) {
+    if (decays)
+      for (int64_t j = 0; j <= i; j += LANES) store(weights + j, load(weights + j) * load(decays->pairs + i * CHUNK + j));
+    for (int64_t j = i / LANES * LANES; j < last; j += LANES)
+      store(weights + j, COLUMNS.vector() <= static_cast<int32_t>(i - j) ? load(weights + j) : Vector{});
+  }
+}
+
+// Forward.
+
+struct Reading {
+  Sizes sizes;
+  bool elu, divide;
+  Tokens query, key, value;
+  std::optional<Tokens> log_forget, keep;
+  Tokens numerator, denominator;
+};
+
+class Reader {
+ public:
+  explicit Reader(const Reading& reading)
+      : reading_(reading),
+        sizes_(reading.sizes),
+        read_width_(sizes_.feature_width + CHUNK),
+        keys_(CHUNK * sizes_.feature_width),
+        turned_keys_(CHUNK * sizes_.feature_width),
+        readers_(CHUNK * read_width_),
+        read_(read_width_ * sizes_.value_width),
+        values_(read_ + sizes_.feature_width * sizes_.value_width),
+        numerators_(TILE_ROWS * sizes_.value_width),
+        written_(sizes_.feature_width * sizes_.value_width),
+        normalizer_(sizes_.feature_width),
+        written_sums_(sizes_.feature_width) {}
+
+  // Takes the memory (features, dims) before the first token and leaves there that after the last one.
+  void run(int64_t b, int64_t h, float* matrix, float* normalizer) {
+    const int64_t features = sizes_.features, dims = sizes_.dims;
+    std::fill_n(+read_, sizes_.feature_width * sizes_.value_width, 0.0f);
+    unpack(features, dims, matrix, dims, read_, sizes_.value_width);
+    std::fill(std::copy_n(normalizer, features, +normalizer_), normalizer_ + sizes_.feature_width, 0.0f);
+    for (int64_t start = 0; start < sizes_.length; start += CHUNK) {
+      const int64_t rows = std::min(CHUNK, sizes_.length - start);
+      take_chunk(b, h, start, rows);
+      for (int64_t group = 0; group < sizes_.groups(); group++) read(b, h * sizes_.groups() + group, start, rows);
+      write(rows);
+    }
+    unpack(features, dims, read_, sizes_.value_width, matrix, dims);
+    std::copy_n(+normalizer_, features, normalizer);
+  }
+
+ private:
+  void take_chunk(int64_t b, int64_t h, int64_t start, int64_t rows) {
+    const int64_t width = sizes_.feature_width;
+    const float* keep = reading_.keep ? reading_.keep->at(b, h, start) : nullptr;
+    pack_features(reading_.elu, rows, sizes_.features, reading_.key.at(b, h, start), reading_.key.stride, keep, keys_, width);
+    std::fill(keys_ + rows * width, keys_ + round_up(rows) * width, 0.0f);
+    transpose(round_up(rows), width, keys_, width, turned_keys_, CHUNK);
+    pack_mapped(rows, sizes_.dims, reading_.value.at(b, h, start), reading_.value.stride, values_, sizes_.value_width,
+                [](Vector x) { return x; });
+    if (reading_.log_forget) decays_.set(rows, reading_.log_forget->at(b, h, start), reading_.log_forget->stride);
+  }
+
+  // Numerators are products of one matrix with another: features and weights of the queries; the memory and the values.
+  void read(int64_t b, int64_t head, int64_t start, int64_t rows) {
+    const int64_t width = sizes_.feature_width, value_width = sizes_.value_width;
+    pack_features(reading_.elu, rows, sizes_.features, reading_.query.at(b, head, start), reading_.query.stride, nullptr,
+                  readers_, read_width_);
+    for (int64_t i = 0; i < rows; i += TILE_ROWS) {
+      const int64_t last = std::min(i + TILE_ROWS, rows);
+      float *queries = readers_ + i * read_width_, *weights = queries + width;
+      fetch_ahead(b, head, start + CHUNK + i);
+      product_of_rows(last - i, width, round_up(last), queries, read_width_, turned_keys_, CHUNK, weights, read_width_);
+      mask_future(i, last, weights, read_width_, decays());
+      if (decays())
+        for (int64_t j = i; j < last; j++) scale(width, decays_.in[j], readers_ + j * read_width_);
+    }
+    for (int64_t i = 0; i < rows; i += TILE_ROWS) {
+      const int64_t last = std::min(i + TILE_ROWS, rows);
+      product_of_rows(last - i, width + last, value_width, readers_ + i * read_width_, read_width_, read_, value_width, numerators_,
+                      value_width);
+      for (int64_t j = i; j < last; j++)
+        finish(j, numerators_ + (j - i) * value_width, reading_.numerator.at(b, head, start + j),
+               reading_.denominator.at(b, head, start + j));
+    }
+  }
+
+  void finish(int64_t i, const float* numerator, float* to, float* denominator) const {
+    const float* query = readers_ + i * read_width_;
+    Vector sum{};
+    for (int64_t f = 0; f < sizes_.feature_width; f += LANES) sum += load(query + f) * load(normalizer_ + f);
+    for (int64_t j = 0; j <= i; j += LANES) sum += load(query + sizes_.feature_width + j);
+    *denominator = sum_of(sum);
+    const float factor = reading_.divide ? 1.0f / std::max(*denominator, MIN_DENOMINATOR) : 1.0f;
+    const int64_t whole = sizes_.dims / LANES * LANES;
+    for (int64_t j = 0; j < whole; j += LANES) store(to + j, load(numerator + j) * factor);
+    for (int64_t j = whole; j < sizes_.dims; j++) to[j] = numerator[j] * factor;
+  }
+
+  void fetch_ahead(int64_t b, int64_t head, int64_t token) const {
+    const int64_t rows = std::min(TILE_ROWS, sizes_.length - token), group = head % sizes_.groups();
+    prefetch(rows, sizes_.features, reading_.query.at(b, head, token), reading_.query.stride);
+    if (group > 0) return;
+    prefetch(rows, sizes_.features, reading_.key.at(b, head / sizes_.groups(), token), reading_.key.stride);
+    prefetch(rows, sizes_.dims, reading_.value.at(b, head / sizes_.groups(), token), reading_.value.stride);
+  }
+
+  void write(int64_t rows) {
+    const int64_t width = sizes_.feature_width, value_width = sizes_.value_width;
+    if (decays())
+      for (int64_t i = 0; i < rows; i++) scale(width, decays_.out[i], keys_ + i * width);
+    const float decay = decays() ? decays_.all : 1.0f;
+    product(width, rows, value_width, keys_, 1, width, values_, value_width, written_, value_width);
+    carry(width * value_width, decay, written_, read_);
+    add_rows(rows, width, keys_, written_sums_);
+    carry(width, decay, written_sums_, normalizer_);
+  }
+
+  const Decays* decays() const { return reading_.log_forget ? &decays_ : nullptr; }
+
+  const Reading& reading_;
+  const Sizes& sizes_;
+  const int64_t read_width_;
+  // readers_ (CHUNK, features and weights), read_ (memory and values, dims).
+  Scratch keys_, turned_keys_, readers_, read_;
+  float* const values_;
+  Scratch numerators_, written_, normalizer_, written_sums_;
+  Decays decays_;
+};
+
+// A tensor (batch, heads, seq, dim) that lies as (batch, seq, heads, dim). Large ones ask for large pages, which take a tenth of the
+// time to get.
+Tensor new_states(int64_t batch, int64_t heads, int64_t length, int64_t dims, const Tensor& like) {
+  constexpr uintptr_t PAGE = 2 << 20;
+  const Tensor states = at::empty({batch, length, heads, dims}, like.options());
+  const auto begin = reinterpret_cast<uintptr_t>(states.data_ptr()), end = begin + states.nbytes();
+  const uintptr_t first = (begin + PAGE - 1) / PAGE * PAGE;
+  if (first < end) madvise(reinterpret_cast<void*>(first), (end - first) / PAGE * PAGE, MADV_HUGEPAGE);
+  return states.transpose(1, 2);
+}
+
+// Shapes as in kernel_attention.py; keep (batch or 1, 1, seq) is zero at tokens that do not enter. Changes the memory, which is
+// contiguous. Returns numerator, divided by the denominator where `divide`, and denominator.
+std::tuple<Tensor, Tensor> additive_forward(const Tensor& query, const Tensor& key, const Tensor& value,
+                                            const std::optional<Tensor>& log_forget, const std::optional<Tensor>& keep,
+                                            Tensor matrix, Tensor normalizer, bool elu, bool divide) {
+  const Sizes sizes(query, key, value);
+  const Tensor numerator = new_states(sizes.batch, sizes.heads, sizes.length, sizes.dims, query);
+  const Tensor denominator = at::empty({sizes.batch, sizes.heads, sizes.length}, query.options());
+  const Reading reading{sizes,      elu,           divide, Tokens(query), Tokens(key), Tokens(value), tokens_of(log_forget),
+                        tokens_of(keep), Tokens(numerator), Tokens(denominator)};
+  float *matrices = matrix.data_ptr<float>(), *normalizers = normalizer.data_ptr<float>();
+  at::parallel_for(0, sizes.batch * sizes.kv_heads, 1, [&](int64_t begin, int64_t end) {
+    Reader reader(reading);
+    for (int64_t i = begin; i < end; i++)
+      reader.run(i / sizes.kv_heads, i % sizes.kv_heads, matrices + i * sizes.features * sizes.dims,
+                 normalizers + i * sizes.features);
+  });
+  return {numerator, denominator};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(kermit_hf, m) { m.def("additive_forward", &additive_forward); }
