@@ -161,6 +161,18 @@ void scale(int64_t width, float factor, float* row) {
   for (int64_t j = 0; j < width; j += LANES) store(row + j, load(row + j) * factor);
 }
 
+void copy_scaled(int64_t width, float factor, const float* from, float* to) {
+  for (int64_t j = 0; j < width; j += LANES) store(to + j, load(from + j) * factor);
+}
+
+// The same of any number of entries.
+float unpadded_dot(int64_t width, const float* a, const float* b) {
+  const int64_t whole = width / LANES * LANES;
+  float sum = dot(whole, a, b);
+  for (int64_t j = whole; j < width; j++) sum += a[j] * b[j];
+  return sum;
+}
+
 // total = decay total + added
 void carry(int64_t count, float decay, const float* added, float* total) {
   for (int64_t i = 0; i < count; i += LANES) store(total + i, load(total + i) * decay + load(added + i));
@@ -389,6 +401,243 @@ std::tuple<Tensor, Tensor> additive_forward(const Tensor& query, const Tensor& k
   return {numerator, denominator};
 }
 
+// Backward.
+//
+// Memories are transposed here and have the normalizer as their last row, `dims` + 1 rows of features: what is written to them,
+// values with a one beside them, and the gradients of what is read, of a numerator with its denominator, are rows of one matrix.
+// A sweep over the text stores the memory before each chunk, another one back gathers what later chunks read.
+
+struct Gradients {
+  Reading reading;
+  std::optional<Tokens> read_gradient, denominator_gradient;
+  Tokens query, key, value;
+  std::optional<Tokens> log_forget;
+};
+
+class Differentiator {
+ public:
+  explicit Differentiator(const Gradients& gradients)
+      : gradients_(gradients),
+        reading_(gradients.reading),
+        sizes_(reading_.sizes),
+        keys_(CHUNK * width()),
+        turned_keys_(CHUNK * width()),
+        decayed_keys_(CHUNK * width()),
+        values_(CHUNK * extended()),
+        turned_values_(CHUNK * extended()),
+        decayed_values_(CHUNK * extended()),
+        queries_(CHUNK * width()),
+        grads_(CHUNK * extended()),
+        weights_(CHUNK * CHUNK),
+        grad_weights_(CHUNK * CHUNK),
+        grad_queries_(CHUNK * width()),
+        grad_keys_(CHUNK * width()),
+        grad_values_(CHUNK * sizes_.value_width),
+        memories_((sizes_.chunks() + 1) * memory_size()),
+        grad_memory_(extended() * width()),
+        turned_grad_memory_(extended() * width()),
+        written_(memory_size()) {}
+
+  // matrix (features, dims) and normalizer: before the first token. grad_matrix, grad_normalizer: gradient of the memory after the
+  // last token, replaced by that of the memory before the first.
+  void run(int64_t b, int64_t h, const float* matrix, const float* normalizer, float* grad_matrix, float* grad_normalizer) {
+    unpack_memory(matrix, normalizer, memories_);
+    for (int64_t chunk = 0; chunk < sizes_.chunks(); chunk++) {
+      take_chunk(b, h, chunk);
+      std::copy_n(memory(chunk), memory_size(), memory(chunk + 1));
+      carry_rows(values_, decayed_keys(), decays() ? decays_.all : 1.0f, memory(chunk + 1));
+    }
+    std::fill_n(+grad_memory_, extended() * width(), 0.0f);
+    unpack_memory(grad_matrix, grad_normalizer, grad_memory_);
+    for (int64_t chunk = sizes_.chunks() - 1; chunk >= 0; chunk--) take_back(b, h, chunk);
+    pack_memory(grad_memory_, grad_matrix, grad_normalizer);
+  }
+
+ private:
+  int64_t width() const { return sizes_.feature_width; }
+  int64_t extended() const { return sizes_.extended_width; }
+  int64_t memory_size() const { return (sizes_.dims + 1) * width(); }
+  float* memory(int64_t chunk) { return memories_ + chunk * memory_size(); }
+  const Decays* decays() const { return reading_.log_forget ? &decays_ : nullptr; }
+  const float* decayed_keys() const { return decays() ? decayed_keys_ : keys_; }
+  const float* decayed_values() const { return decays() ? decayed_values_ : values_; }
+
+  void unpack_memory(const float* matrix, const float* normalizer, float* rows) const {
+    std::fill_n(rows, memory_size(), 0.0f);
+    for (int64_t f = 0; f < sizes_.features; f++) {
+      for (int64_t d = 0; d < sizes_.dims; d++) rows[d * width() + f] = matrix[f * sizes_.dims + d];
+      rows[sizes_.dims * width() + f] = normalizer[f];
+    }
+  }
+
+  void pack_memory(const float* rows, float* matrix, float* normalizer) const {
+    for (int64_t f = 0; f < sizes_.features; f++) {
+      for (int64_t d = 0; d < sizes_.dims; d++) matrix[f * sizes_.dims + d] = rows[d * width() + f];
+      normalizer[f] = rows[sizes_.dims * width() + f];
+    }
+  }
+
+  // memory = decay memory + rows^T features, of the tokens of a chunk.
+  void carry_rows(const float* rows, const float* features, float decay, float* memory) {
+    product(sizes_.dims + 1, rows_, width(), rows, 1, extended(), features, width(), written_, width());
+    carry(memory_size(), decay, written_, memory);
+  }
+
+  void take_chunk(int64_t b, int64_t h, int64_t chunk) {
+    start_ = chunk * CHUNK, rows_ = std::min(CHUNK, sizes_.length - start_);
+    const float* keep = reading_.keep ? reading_.keep->at(b, h, start_) : nullptr;
+    pack_features(reading_.elu, rows_, sizes_.features, reading_.key.at(b, h, start_), reading_.key.stride, keep, keys_, width());
+    pack_mapped(rows_, sizes_.dims, reading_.value.at(b, h, start_), reading_.value.stride, values_, extended(),
+                [](Vector x) { return x; });
+    for (int64_t i = 0; i < rows_; i++) values_[i * extended() + sizes_.dims] = 1.0f;
+    if (!reading_.log_forget) return;
+    decays_.set(rows_, reading_.log_forget->at(b, h, start_), reading_.log_forget->stride);
+    for (int64_t i = 0; i < rows_; i++) {
+      copy_scaled(width(), decays_.out[i], keys_ + i * width(), decayed_keys_ + i * width());
+      copy_scaled(extended(), decays_.out[i], values_ + i * extended(), decayed_values_ + i * extended());
+    }
+  }
+
+  void take_back(int64_t b, int64_t h, int64_t chunk) {
+    take_chunk(b, h, chunk);
+    const int64_t whole = round_up(rows_);
+    std::fill(keys_ + rows_ * width(), keys_ + whole * width(), 0.0f);
+    std::fill(values_ + rows_ * extended(), values_ + whole * extended(), 0.0f);
+    transpose(whole, width(), keys_, width(), turned_keys_, CHUNK);
+    transpose(whole, extended(), values_, extended(), turned_values_, CHUNK);
+    transpose(extended(), width(), grad_memory_, width(), turned_grad_memory_, extended());
+
+    // What later chunks read of this one's tokens.
+    product(rows_, sizes_.dims + 1, width(), decayed_values(), extended(), 1, grad_memory_, width(), grad_keys_, width());
+    product(rows_, width(), sizes_.value_width, decayed_keys(), width(), 1, turned_grad_memory_, extended(), grad_values_,
+            sizes_.value_width);
+    float sums[CHUNK] = {};
+    if (decays()) sums[rows_ - 1] = dot(memory_size(), memory(chunk + 1), grad_memory_);
+    if (decays()) scale(memory_size(), decays_.all, grad_memory_);
+    for (int64_t group = 0; group < sizes_.groups(); group++) take_back_reader(b, h * sizes_.groups() + group, chunk, sums);
+
+    finish_keys(b, h, sums);
+    unpack(rows_, sizes_.dims, grad_values_, sizes_.value_width, gradients_.value.at(b, h, start_), gradients_.value.stride);
+    if (decays()) finish_gates(sums, gradients_.log_forget->at(b, h, start_));
+  }
+
+  void take_back_reader(int64_t b, int64_t head, int64_t chunk, float* sums) {
+    const int64_t dims = sizes_.dims;
+    pack_features(reading_.elu, rows_, sizes_.features, reading_.query.at(b, head, start_), reading_.query.stride, nullptr,
+                  queries_, width());
+    for (int64_t i = 0; i < rows_; i++) take_gradients(b, head, i, grads_ + i * extended());
+    for (int64_t i = 0; i < rows_; i += TILE_ROWS) {
+      const int64_t last = std::min(i + TILE_ROWS, rows_), columns = round_up(last);
+      float *weights = weights_ + i * CHUNK, *grad_weights = grad_weights_ + i * CHUNK;
+      product_of_rows(last - i, width(), columns, queries_ + i * width(), width(), turned_keys_, CHUNK, weights, CHUNK);
+      mask_future(i, last, weights, CHUNK, decays());
+      product_of_rows(last - i, dims + 1, columns, grads_ + i * extended(), extended(), turned_values_, CHUNK, grad_weights, CHUNK);
+      mask_future(i, last, grad_weights, CHUNK, decays());
+    }
+    for (int64_t j = 0; j < rows_; j += TILE_ROWS) {
+      const int64_t count = std::min(TILE_ROWS, rows_ - j), corner = j * CHUNK + j;
+      product(count, rows_ - j, width(), grad_weights_ + corner, 1, CHUNK, queries_ + j * width(), width(),
+              grad_keys_ + j * width(), width(), true);
+      product(count, rows_ - j, sizes_.value_width, weights_ + corner, 1, CHUNK, grads_ + j * extended(), extended(),
+              grad_values_ + j * sizes_.value_width, sizes_.value_width, true);
+    }
+    if (decays())
+      for (int64_t i = 0; i < rows_; i++) scale(extended(), decays_.in[i], grads_ + i * extended());
+    for (int64_t i = 0; i < rows_; i += TILE_ROWS) {
+      const int64_t count = std::min(TILE_ROWS, rows_ - i);
+      float* grad = grad_queries_ + i * width();
+      product(count, dims + 1, width(), grads_ + i * extended(), extended(), 1, memory(chunk), width(), grad, width());
+      product(count, i + count, width(), grad_weights_ + i * CHUNK, CHUNK, 1, keys_, width(), grad, width(), true);
+    }
+    carry_rows(grads_, queries_, 1.0f, grad_memory_);
+    for (int64_t i = 0; i < rows_; i++) {
+      float *grad = grad_queries_ + i * width(), *query = queries_ + i * width();
+      if (decays()) sums[i] += dot(width(), grad, query);
+      finish_features(grad, query, gradients_.query.at(b, head, start_ + i));
+    }
+  }
+
+  // Gradients of a numerator and, beside them, of its denominator.
+  void take_gradients(int64_t b, int64_t head, int64_t i, float* to) const {
+    const int64_t dims = sizes_.dims;
+    std::fill_n(to, extended(), 0.0f);
+    if (gradients_.read_gradient) std::copy_n(gradients_.read_gradient->at(b, head, start_ + i), dims, to);
+    float grad_denominator = 0.0f;
+    if (gradients_.denominator_gradient) grad_denominator = *gradients_.denominator_gradient->at(b, head, start_ + i);
+    if (reading_.divide) {
+      const float denominator = *reading_.denominator.at(b, head, start_ + i);
+      scale(extended(), 1.0f / std::max(denominator, MIN_DENOMINATOR), to);
+      if (denominator > MIN_DENOMINATOR) grad_denominator -= unpadded_dot(dims, to, reading_.numerator.at(b, head, start_ + i));
+    }
+    to[dims] = grad_denominator;
+  }
+
+  void finish_keys(int64_t b, int64_t h, float* sums) {
+    for (int64_t i = 0; i < rows_; i++) {
+      float *grad = grad_keys_ + i * width(), *key = keys_ + i * width();
+      if (decays()) sums[i] -= dot(width(), grad, key);
+      finish_features(grad, key, gradients_.key.at(b, h, start_ + i));
+    }
+  }
+
+  // Through the feature map, whose derivative is min(feature, 1) for elu(x) + 1, also where padding made the feature zero.
+  void finish_features(float* grad, const float* features, float* to) const {
+    if (reading_.elu)
+      for (int64_t f = 0; f < width(); f += LANES) {
+        const Vector feature = load(features + f), one = fill(1.0f);
+        store(grad + f, load(grad + f) * (feature < one ? feature : one));
+      }
+    std::copy_n(grad, sizes_.features, to);
+  }
+
+  // Every gate between two tokens scales what the later one reads of the earlier: see `_DeltaChunks`.
+  void finish_gates(const float* sums, float* to) const {
+    float sum = 0.0f;
+    for (int64_t i = rows_ - 1; i >= 0; i--) to[i * gradients_.log_forget->stride] = sum += sums[i];
+  }
+
+  const Gradients& gradients_;
+  const Reading& reading_;
+  const Sizes& sizes_;
+  Scratch keys_, turned_keys_, decayed_keys_, values_, turned_values_, decayed_values_, queries_, grads_, weights_, grad_weights_;
+  Scratch grad_queries_, grad_keys_, grad_values_, memories_, grad_memory_, turned_grad_memory_, written_;
+  Decays decays_;
+  int64_t start_ = 0, rows_ = 0;
+};
+
+// Given also what `additive_forward` returned, and the gradients of these and of the last memory, None being zero. Changes
+// the latter, contiguous, into the gradients of the first memory. Returns those of query, key, value and log_forget.
+std::tuple<Tensor, Tensor, Tensor, std::optional<Tensor>> additive_backward(
+    const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& log_forget,
+    const std::optional<Tensor>& keep, const Tensor& matrix, const Tensor& normalizer, const Tensor& numerator,
+    const Tensor& denominator, const std::optional<Tensor>& grad_numerator, const std::optional<Tensor>& grad_denominator,
+    Tensor grad_matrix, Tensor grad_normalizer, bool elu, bool divide) {
+  const Sizes sizes(query, key, value);
+  const Tensor grad_query = new_states(sizes.batch, sizes.heads, sizes.length, sizes.features, query);
+  const Tensor grad_key = new_states(sizes.batch, sizes.kv_heads, sizes.length, sizes.features, query);
+  const Tensor grad_value = new_states(sizes.batch, sizes.kv_heads, sizes.length, sizes.dims, query);
+  std::optional<Tensor> grad_log_forget;
+  if (log_forget) grad_log_forget = at::empty({sizes.batch, sizes.kv_heads, sizes.length}, query.options());
+  const Reading reading{sizes,      elu,           divide, Tokens(query), Tokens(key), Tokens(value), tokens_of(log_forget),
+                        tokens_of(keep), Tokens(numerator), Tokens(denominator)};
+  const Gradients gradients{reading,          tokens_of(grad_numerator), tokens_of(grad_denominator), Tokens(grad_query),
+                            Tokens(grad_key), Tokens(grad_value),        tokens_of(grad_log_forget)};
+  const float *matrices = matrix.data_ptr<float>(), *normalizers = normalizer.data_ptr<float>();
+  float *grad_matrices = grad_matrix.data_ptr<float>(), *grad_normalizers = grad_normalizer.data_ptr<float>();
+  at::parallel_for(0, sizes.batch * sizes.kv_heads, 1, [&](int64_t begin, int64_t end) {
+    Differentiator differentiator(gradients);
+    for (int64_t i = begin; i < end; i++) {
+      const int64_t at = i * sizes.features;
+      differentiator.run(i / sizes.kv_heads, i % sizes.kv_heads, matrices + at * sizes.dims, normalizers + at,
+                         grad_matrices + at * sizes.dims, grad_normalizers + at);
+    }
+  });
+  return {grad_query, grad_key, grad_value, grad_log_forget};
+}
+
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(kermit_hf, m) { m.def("additive_forward", &additive_forward); }
+TORCH_LIBRARY_FRAGMENT(kermit_hf, m) {
+  m.def("additive_forward", &additive_forward);
+  m.def("additive_backward", &additive_backward);
+}
