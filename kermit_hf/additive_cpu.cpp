@@ -40,7 +40,10 @@ struct Sizes {
         dims(value.size(3)),
         feature_width(round_up(features)),
         value_width(round_up(dims)),
-        extended_width(round_up(dims + 1)) {}
+        extended_width(round_up(dims + 1)) {
+    for (const Tensor* states : {&query, &key, &value}) TORCH_CHECK(states->stride(3) == 1, "rows have to be contiguous");
+    TORCH_CHECK(heads % kv_heads == 0, heads, " query heads cannot share ", kv_heads, " key/value heads");
+  }
 
   int64_t groups() const { return heads / kv_heads; }
   int64_t chunks() const { return (length + CHUNK - 1) / CHUNK; }
@@ -84,15 +87,12 @@ void pack_mapped(int64_t rows, int64_t width, const float* from, int64_t stride,
   }
 }
 
-// The features of tokens, (rows, padded), those of a token that does not enter being zero.
-void pack_features(bool elu, int64_t rows, int64_t features, const float* from, int64_t stride, const float* keep, float* to,
-                   int64_t padded) {
+// The features of tokens, (rows, padded).
+void pack_features(bool elu, int64_t rows, int64_t features, const float* from, int64_t stride, float* to, int64_t padded) {
   if (elu)
     pack_mapped(rows, features, from, stride, to, padded, elu_plus_one);
   else
     pack_mapped(rows, features, from, stride, to, padded, [](Vector x) { return x; });
-  for (int64_t i = 0; keep && i < rows; i++)
-    if (keep[i] == 0.0f) std::fill_n(to + i * padded, padded, 0.0f);
 }
 
 void unpack(int64_t rows, int64_t width, const float* from, int64_t padded, float* to, int64_t stride) {
@@ -257,6 +257,13 @@ struct Reading {
   Tokens query, key, value;
   std::optional<Tokens> log_forget, keep;
   Tokens numerator, denominator;
+
+  // Features of keys, (rows, feature_width), zero for a token that does not enter the memory.
+  void take_keys(int64_t b, int64_t h, int64_t start, int64_t rows, float* to) const {
+    pack_features(elu, rows, sizes.features, key.at(b, h, start), key.stride, to, sizes.feature_width);
+    for (int64_t i = 0; keep && i < rows; i++)
+      if (*keep->at(b, h, start + i) == 0.0f) std::fill_n(to + i * sizes.feature_width, sizes.feature_width, 0.0f);
+  }
 };
 
 class Reader {
@@ -294,8 +301,7 @@ class Reader {
  private:
   void take_chunk(int64_t b, int64_t h, int64_t start, int64_t rows) {
     const int64_t width = sizes_.feature_width;
-    const float* keep = reading_.keep ? reading_.keep->at(b, h, start) : nullptr;
-    pack_features(reading_.elu, rows, sizes_.features, reading_.key.at(b, h, start), reading_.key.stride, keep, keys_, width);
+    reading_.take_keys(b, h, start, rows, keys_);
     std::fill(keys_ + rows * width, keys_ + round_up(rows) * width, 0.0f);
     transpose(round_up(rows), width, keys_, width, turned_keys_, CHUNK);
     pack_mapped(rows, sizes_.dims, reading_.value.at(b, h, start), reading_.value.stride, values_, sizes_.value_width,
@@ -306,8 +312,8 @@ class Reader {
   // Numerators are products of one matrix with another: features and weights of the queries; the memory and the values.
   void read(int64_t b, int64_t head, int64_t start, int64_t rows) {
     const int64_t width = sizes_.feature_width, value_width = sizes_.value_width;
-    pack_features(reading_.elu, rows, sizes_.features, reading_.query.at(b, head, start), reading_.query.stride, nullptr,
-                  readers_, read_width_);
+    pack_features(reading_.elu, rows, sizes_.features, reading_.query.at(b, head, start), reading_.query.stride, readers_,
+                  read_width_);
     for (int64_t i = 0; i < rows; i += TILE_ROWS) {
       const int64_t last = std::min(i + TILE_ROWS, rows);
       float *queries = readers_ + i * read_width_, *weights = queries + width;
@@ -485,8 +491,7 @@ class Differentiator {
 
   void take_chunk(int64_t b, int64_t h, int64_t chunk) {
     start_ = chunk * CHUNK, rows_ = std::min(CHUNK, sizes_.length - start_);
-    const float* keep = reading_.keep ? reading_.keep->at(b, h, start_) : nullptr;
-    pack_features(reading_.elu, rows_, sizes_.features, reading_.key.at(b, h, start_), reading_.key.stride, keep, keys_, width());
+    reading_.take_keys(b, h, start_, rows_, keys_);
     pack_mapped(rows_, sizes_.dims, reading_.value.at(b, h, start_), reading_.value.stride, values_, extended(),
                 [](Vector x) { return x; });
     for (int64_t i = 0; i < rows_; i++) values_[i * extended() + sizes_.dims] = 1.0f;
@@ -518,13 +523,13 @@ class Differentiator {
 
     finish_keys(b, h, sums);
     unpack(rows_, sizes_.dims, grad_values_, sizes_.value_width, gradients_.value.at(b, h, start_), gradients_.value.stride);
-    if (decays()) finish_gates(sums, gradients_.log_forget->at(b, h, start_));
+    if (decays()) finish_gates(b, h, sums);
   }
 
   void take_back_reader(int64_t b, int64_t head, int64_t chunk, float* sums) {
     const int64_t dims = sizes_.dims;
-    pack_features(reading_.elu, rows_, sizes_.features, reading_.query.at(b, head, start_), reading_.query.stride, nullptr,
-                  queries_, width());
+    pack_features(reading_.elu, rows_, sizes_.features, reading_.query.at(b, head, start_), reading_.query.stride, queries_,
+                  width());
     for (int64_t i = 0; i < rows_; i++) take_gradients(b, head, i, grads_ + i * extended());
     for (int64_t i = 0; i < rows_; i += TILE_ROWS) {
       const int64_t last = std::min(i + TILE_ROWS, rows_), columns = round_up(last);
@@ -591,9 +596,13 @@ class Differentiator {
   }
 
   // Every gate between two tokens scales what the later one reads of the earlier: see `_DeltaChunks`.
-  void finish_gates(const float* sums, float* to) const {
+  void finish_gates(int64_t b, int64_t h, const float* sums) const {
     float sum = 0.0f;
-    for (int64_t i = rows_ - 1; i >= 0; i--) to[i * gradients_.log_forget->stride] = sum += sums[i];
+    for (int64_t i = rows_ - 1; i >= 0; i--) {
+      sum += sums[i];
+      const bool clamped = *reading_.log_forget->at(b, h, start_ + i) < 2 * MIN_LOG_DECAY;
+      *gradients_.log_forget->at(b, h, start_ + i) = clamped ? 0.0f : sum;
+    }
   }
 
   const Gradients& gradients_;
