@@ -96,7 +96,11 @@ void pack_features(bool elu, int64_t rows, int64_t features, const float* from, 
 }
 
 void unpack(int64_t rows, int64_t width, const float* from, int64_t padded, float* to, int64_t stride) {
-  for (int64_t i = 0; i < rows; i++) std::copy_n(from + i * padded, width, to + i * stride);
+  const int64_t whole = width / LANES * LANES;
+  for (int64_t i = 0; i < rows; i++, from += padded, to += stride) {
+    for (int64_t j = 0; j < whole; j += LANES) store(to + j, load(from + j));
+    for (int64_t j = whole; j < width; j++) to[j] = from[j];
+  }
 }
 
 template <int64_t step, size_t... lane>
@@ -173,9 +177,9 @@ float unpadded_dot(int64_t width, const float* a, const float* b) {
   return sum;
 }
 
-// total = decay total + added
-void carry(int64_t count, float decay, const float* added, float* total) {
-  for (int64_t i = 0; i < count; i += LANES) store(total + i, load(total + i) * decay + load(added + i));
+// to = decay from + added
+void carry(int64_t count, float decay, const float* from, const float* added, float* to) {
+  for (int64_t i = 0; i < count; i += LANES) store(to + i, load(from + i) * decay + load(added + i));
 }
 
 void add_rows(int64_t rows, int64_t width, const float* matrix, float* sums) {
@@ -359,9 +363,9 @@ class Reader {
       for (int64_t i = 0; i < rows; i++) scale(width, decays_.out[i], keys_ + i * width);
     const float decay = decays() ? decays_.all : 1.0f;
     product(width, rows, value_width, keys_, 1, width, values_, value_width, written_, value_width);
-    carry(width * value_width, decay, written_, read_);
+    carry(width * value_width, decay, read_, written_, read_);
     add_rows(rows, width, keys_, written_sums_);
-    carry(width, decay, written_sums_, normalizer_);
+    carry(width, decay, normalizer_, written_sums_, normalizer_);
   }
 
   const Decays* decays() const { return reading_.log_forget ? &decays_ : nullptr; }
@@ -450,8 +454,8 @@ class Differentiator {
     unpack_memory(matrix, normalizer, memories_);
     for (int64_t chunk = 0; chunk < sizes_.chunks(); chunk++) {
       take_chunk(b, h, chunk);
-      std::copy_n(memory(chunk), memory_size(), memory(chunk + 1));
-      carry_rows(values_, decayed_keys(), decays() ? decays_.all : 1.0f, memory(chunk + 1));
+      write_rows(values_, decayed_keys(), [&](int64_t i) { fetch_written(b, h, start_ + CHUNK + i); });
+      carry(memory_size(), decays() ? decays_.all : 1.0f, memory(chunk), written_, memory(chunk + 1));
     }
     std::fill_n(+grad_memory_, extended() * width(), 0.0f);
     unpack_memory(grad_matrix, grad_normalizer, grad_memory_);
@@ -483,10 +487,31 @@ class Differentiator {
     }
   }
 
-  // memory = decay memory + rows^T features, of the tokens of a chunk.
-  void carry_rows(const float* rows, const float* features, float decay, float* memory) {
-    product(sizes_.dims + 1, rows_, width(), rows, 1, extended(), features, width(), written_, width());
-    carry(memory_size(), decay, written_, memory);
+  // What the tokens of a chunk add to a memory: rows^T features, in tiles of rows with `fetch` of the tile's first row before each.
+  template <class Fetch>
+  void write_rows(const float* rows, const float* features, Fetch fetch) {
+    for (int64_t d = 0; d <= sizes_.dims; d += TILE_ROWS) {
+      fetch(d);
+      product(std::min(TILE_ROWS, sizes_.dims + 1 - d), rows_, width(), rows + d, 1, extended(), features, width(),
+              written_ + d * width(), width());
+    }
+  }
+
+  // Some keys and values, and what belongs to some queries, that will be needed soon.
+  void fetch_written(int64_t b, int64_t h, int64_t token) const {
+    const int64_t rows = std::min(TILE_ROWS, sizes_.length - token);
+    if (token < 0) return;
+    prefetch(rows, sizes_.features, reading_.key.at(b, h, token), reading_.key.stride);
+    prefetch(rows, sizes_.dims, reading_.value.at(b, h, token), reading_.value.stride);
+  }
+
+  void fetch_read(int64_t b, int64_t head, int64_t token) const {
+    const int64_t rows = std::min(TILE_ROWS, sizes_.length - token);
+    if (token < 0) return;
+    prefetch(rows, sizes_.features, reading_.query.at(b, head, token), reading_.query.stride);
+    if (reading_.divide) prefetch(rows, sizes_.dims, reading_.numerator.at(b, head, token), reading_.numerator.stride);
+    if (!gradients_.read_gradient) return;
+    prefetch(rows, sizes_.dims, gradients_.read_gradient->at(b, head, token), gradients_.read_gradient->stride);
   }
 
   void take_chunk(int64_t b, int64_t h, int64_t chunk) {
@@ -534,6 +559,7 @@ class Differentiator {
     for (int64_t i = 0; i < rows_; i += TILE_ROWS) {
       const int64_t last = std::min(i + TILE_ROWS, rows_), columns = round_up(last);
       float *weights = weights_ + i * CHUNK, *grad_weights = grad_weights_ + i * CHUNK;
+      fetch_read(b, head, start_ - CHUNK + i);
       product_of_rows(last - i, width(), columns, queries_ + i * width(), width(), turned_keys_, CHUNK, weights, CHUNK);
       mask_future(i, last, weights, CHUNK, decays());
       product_of_rows(last - i, dims + 1, columns, grads_ + i * extended(), extended(), turned_values_, CHUNK, grad_weights, CHUNK);
@@ -554,7 +580,10 @@ class Differentiator {
       product(count, dims + 1, width(), grads_ + i * extended(), extended(), 1, memory(chunk), width(), grad, width());
       product(count, i + count, width(), grad_weights_ + i * CHUNK, CHUNK, 1, keys_, width(), grad, width(), true);
     }
-    carry_rows(grads_, queries_, 1.0f, grad_memory_);
+    write_rows(grads_, queries_, [&](int64_t i) {
+      if (head % sizes_.groups() == 0) fetch_written(b, head / sizes_.groups(), start_ - CHUNK + i);
+    });
+    carry(memory_size(), 1.0f, grad_memory_, written_, grad_memory_);
     for (int64_t i = 0; i < rows_; i++) {
       float *grad = grad_queries_ + i * width(), *query = queries_ + i * width();
       if (decays()) sums[i] += dot(width(), grad, query);
@@ -565,13 +594,17 @@ class Differentiator {
   // Gradients of a numerator and, beside them, of its denominator.
   void take_gradients(int64_t b, int64_t head, int64_t i, float* to) const {
     const int64_t dims = sizes_.dims;
-    std::fill_n(to, extended(), 0.0f);
-    if (gradients_.read_gradient) std::copy_n(gradients_.read_gradient->at(b, head, start_ + i), dims, to);
+    const float* grad = gradients_.read_gradient ? gradients_.read_gradient->at(b, head, start_ + i) : nullptr;
     float grad_denominator = 0.0f;
     if (gradients_.denominator_gradient) grad_denominator = *gradients_.denominator_gradient->at(b, head, start_ + i);
-    if (reading_.divide) {
+    if (!grad) {
+      std::fill_n(to, extended(), 0.0f);
+    } else if (!reading_.divide) {
+      pack_mapped(1, dims, grad, 0, to, extended(), [](Vector x) { return x; });
+    } else {
       const float denominator = *reading_.denominator.at(b, head, start_ + i);
-      scale(extended(), 1.0f / std::max(denominator, MIN_DENOMINATOR), to);
+      const Vector factor = fill(1.0f / std::max(denominator, MIN_DENOMINATOR));
+      pack_mapped(1, dims, grad, 0, to, extended(), [=](Vector x) { return x * factor; });
       if (denominator > MIN_DENOMINATOR) grad_denominator -= unpadded_dot(dims, to, reading_.numerator.at(b, head, start_ + i));
     }
     to[dims] = grad_denominator;
@@ -592,7 +625,7 @@ class Differentiator {
         const Vector feature = load(features + f), one = fill(1.0f);
         store(grad + f, load(grad + f) * (feature < one ? feature : one));
       }
-    std::copy_n(grad, sizes_.features, to);
+    unpack(1, sizes_.features, grad, 0, to, 0);
   }
 
   // Every gate between two tokens scales what the later one reads of the earlier: see `_DeltaChunks`.

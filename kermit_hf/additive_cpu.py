@@ -76,7 +76,7 @@ class _AdditiveFused(torch.autograd.Function):
         )
         needed = ctx.needs_input_grad
         grads = [*grads, None, *grad_memory]
-        return *(grad if wanted else None for grad, wanted in zip(grads, needed)), None, None
+        return *(grad if wanted else None for grad, wanted in zip(grads, needed[:7], strict=True)), None, None
 
 
 def _copy(tensor: torch.Tensor) -> torch.Tensor:

@@ -89,7 +89,9 @@ def find_kernel(
         from .additive_cpu import additive_elu_fused, additive_fused
 
         if type(feature_map) is EluFeatureMap and not feature_map.unit_norm:
-            return Kernel(additive_elu_fused, lambda query: (query, None), lambda key: key, takes_mask=True, divides=True)
+            return Kernel(
+                additive_elu_fused, lambda query: (query, None), lambda key: key, takes_mask=True, divides=True
+            )
         return Kernel(additive_fused, map_queries, map_keys, divides=True)
     return None
 

@@ -43,7 +43,9 @@ def assert_follows_the_reference(
     single = inputs.to(torch.float32) if single is None else single
     for divides in (False, True):
         expected, actual = run(inputs, reference, divides), run(single, partial(form, divides=divides))
-        for name, ours, theirs in zip(("numerator", "denominator", "matrix", "normalizer"), actual, expected, strict=True):
+        for name, ours, theirs in zip(
+            ("numerator", "denominator", "matrix", "normalizer"), actual, expected, strict=True
+        ):
             assert ours.dtype == torch.float32
             assert_close(ours, theirs, TOLERANCE, name)
         ours, theirs = gradients(single, actual), gradients(inputs, expected)
@@ -142,7 +144,9 @@ def test_long_sums_lose_no_digits():
     inputs = make_inputs("additive", False, 5000, batch=1, heads=1, kv_heads=1)
     tensors = {name: tensor.detach().abs() for name, tensor in inputs.tensors.items()}
     inputs = Inputs(tensors, "additive").to(torch.float64)
-    for ours, theirs in zip(run(inputs.to(torch.float32), additive_fused), run(inputs, additive_reference), strict=True):
+    for ours, theirs in zip(
+        run(inputs.to(torch.float32), additive_fused), run(inputs, additive_reference), strict=True
+    ):
         assert_close(ours, theirs, 2e-6)
 
 
