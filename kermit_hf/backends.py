@@ -19,14 +19,14 @@ Single tokens (decoding) and explicit weights always are PyTorch's.
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from typing import NamedTuple
 
 import torch
 from packaging.version import Version
 
-from .feature_maps import EluFeatureMap, FeatureMap, TaylorFeatureMap
+from .feature_maps import EluFeatureMap, FavorFeatureMap, FeatureMap, TaylorFeatureMap
 from .kernel_attention import KernelReadout
 from .kernel_choice import KernelChoice, device_misfit, fits_kernels
 from .window_attention import WindowOutput, window_blocked
@@ -89,11 +89,22 @@ def find_kernel(
         from .additive_cpu import additive_elu_fused, additive_fused
 
         if type(feature_map) is EluFeatureMap and not feature_map.unit_norm:
-            return Kernel(
-                additive_elu_fused, lambda query: (query, None), lambda key: key, takes_mask=True, divides=True
-            )
+            return Kernel(additive_elu_fused, _unmapped_queries, _unmapped_keys, takes_mask=True, divides=True)
+        if type(feature_map) is FavorFeatureMap and not feature_map.unit_norm:
+            from .favor_cpu import favor_keys, favor_queries
+
+            directions = feature_map.directions
+            map_queries, map_keys = (partial(form, directions=directions) for form in (favor_queries, favor_keys))
         return Kernel(additive_fused, map_queries, map_keys, divides=True)
     return None
+
+
+def _unmapped_queries(query: torch.Tensor) -> tuple[torch.Tensor, None]:
+    return query, None
+
+
+def _unmapped_keys(key: torch.Tensor) -> torch.Tensor:
+    return key
 
 
 def _takes_cpp(*states: torch.Tensor) -> bool:

@@ -136,10 +136,11 @@ def kermit_attention(
         scaling=scaling,
         dropout=dropout,
     )
-    segment = query.shape[2]
-    # Kernels keep what they need in caches by themselves.
-    if window_size > 0 or find_kernel(update_rule, map_queries, map_keys, query, slots.values) is None:
-        segment = _segment_size(query, window_size)
+    segment = _segment_size(query, window_size)
+    if window_size == 0 and segment < query.shape[2]:
+        # A kernel that maps queries and keys itself makes nothing of the text's length but its output.
+        kernel = find_kernel(update_rule, map_queries, map_keys, query, slots.values)
+        segment = query.shape[2] if kernel is not None and kernel.takes_mask else segment
     if explicit or not is_causal or slots.num_absorbed is not None or query.shape[2] <= segment:
         return attend(query, slots, rotary, far_logit)
     return _in_segments(attend, query, slots, rotary, far_logit, window_size, segment)
