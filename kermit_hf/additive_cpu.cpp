@@ -440,7 +440,7 @@ class Differentiator {
         grads_(CHUNK * extended()),
         weights_(CHUNK * CHUNK),
         grad_weights_(CHUNK * CHUNK),
-        grad_queries_(CHUNK * width()),
+        grad_queries_(TILE_ROWS * width()),
         grad_keys_(CHUNK * width()),
         grad_values_(CHUNK * sizes_.value_width),
         memories_((sizes_.chunks() + 1) * memory_size()),
@@ -454,7 +454,7 @@ class Differentiator {
     unpack_memory(matrix, normalizer, memories_);
     for (int64_t chunk = 0; chunk < sizes_.chunks(); chunk++) {
       take_chunk(b, h, chunk);
-      write_rows(values_, decayed_keys(), [&](int64_t i) { fetch_written(b, h, start_ + CHUNK + i); });
+      write_rows(values_, decayed_keys(), false, [&](int64_t i) { fetch_written(b, h, start_ + CHUNK + i); });
       carry(memory_size(), decays() ? decays_.all : 1.0f, memory(chunk), written_, memory(chunk + 1));
     }
     std::fill_n(+grad_memory_, extended() * width(), 0.0f);
@@ -489,11 +489,11 @@ class Differentiator {
 
   // What the tokens of a chunk add to a memory: rows^T features, in tiles of rows with `fetch` of the tile's first row before each.
   template <class Fetch>
-  void write_rows(const float* rows, const float* features, Fetch fetch) {
+  void write_rows(const float* rows, const float* features, bool add, Fetch fetch) {
     for (int64_t d = 0; d <= sizes_.dims; d += TILE_ROWS) {
       fetch(d);
       product(std::min(TILE_ROWS, sizes_.dims + 1 - d), rows_, width(), rows + d, 1, extended(), features, width(),
-              written_ + d * width(), width());
+              written_ + d * width(), width(), add);
     }
   }
 
@@ -537,22 +537,17 @@ class Differentiator {
     transpose(whole, extended(), values_, extended(), turned_values_, CHUNK);
     transpose(extended(), width(), grad_memory_, width(), turned_grad_memory_, extended());
 
-    // What later chunks read of this one's tokens.
-    product(rows_, sizes_.dims + 1, width(), decayed_values(), extended(), 1, grad_memory_, width(), grad_keys_, width());
-    product(rows_, width(), sizes_.value_width, decayed_keys(), width(), 1, turned_grad_memory_, extended(), grad_values_,
-            sizes_.value_width);
     float sums[CHUNK] = {};
     if (decays()) sums[rows_ - 1] = dot(memory_size(), memory(chunk + 1), grad_memory_);
-    if (decays()) scale(memory_size(), decays_.all, grad_memory_);
-    for (int64_t group = 0; group < sizes_.groups(); group++) take_back_reader(b, h * sizes_.groups() + group, chunk, sums);
-
-    finish_keys(b, h, sums);
-    unpack(rows_, sizes_.dims, grad_values_, sizes_.value_width, gradients_.value.at(b, h, start_), gradients_.value.stride);
+    for (int64_t group = 0; group < sizes_.groups(); group++) take_back_reader(b, h, group, chunk, sums);
+    for (int64_t i = 0; i < rows_; i += TILE_ROWS) finish_keys(b, h, i, std::min(TILE_ROWS, rows_ - i), sums);
     if (decays()) finish_gates(b, h, sums);
+    carry(memory_size(), decays() ? decays_.all : 1.0f, grad_memory_, written_, grad_memory_);
   }
 
-  void take_back_reader(int64_t b, int64_t head, int64_t chunk, float* sums) {
-    const int64_t dims = sizes_.dims;
+  void take_back_reader(int64_t b, int64_t h, int64_t group, int64_t chunk, float* sums) {
+    const int64_t dims = sizes_.dims, head = h * sizes_.groups() + group;
+    const bool add = group > 0;
     pack_features(reading_.elu, rows_, sizes_.features, reading_.query.at(b, head, start_), reading_.query.stride, queries_,
                   width());
     for (int64_t i = 0; i < rows_; i++) take_gradients(b, head, i, grads_ + i * extended());
@@ -568,27 +563,25 @@ class Differentiator {
     for (int64_t j = 0; j < rows_; j += TILE_ROWS) {
       const int64_t count = std::min(TILE_ROWS, rows_ - j), corner = j * CHUNK + j;
       product(count, rows_ - j, width(), grad_weights_ + corner, 1, CHUNK, queries_ + j * width(), width(),
-              grad_keys_ + j * width(), width(), true);
+              grad_keys_ + j * width(), width(), add);
       product(count, rows_ - j, sizes_.value_width, weights_ + corner, 1, CHUNK, grads_ + j * extended(), extended(),
-              grad_values_ + j * sizes_.value_width, sizes_.value_width, true);
+              grad_values_ + j * sizes_.value_width, sizes_.value_width, add);
     }
     if (decays())
       for (int64_t i = 0; i < rows_; i++) scale(extended(), decays_.in[i], grads_ + i * extended());
     for (int64_t i = 0; i < rows_; i += TILE_ROWS) {
       const int64_t count = std::min(TILE_ROWS, rows_ - i);
-      float* grad = grad_queries_ + i * width();
-      product(count, dims + 1, width(), grads_ + i * extended(), extended(), 1, memory(chunk), width(), grad, width());
-      product(count, i + count, width(), grad_weights_ + i * CHUNK, CHUNK, 1, keys_, width(), grad, width(), true);
+      product(count, dims + 1, width(), grads_ + i * extended(), extended(), 1, memory(chunk), width(), grad_queries_, width());
+      product(count, i + count, width(), grad_weights_ + i * CHUNK, CHUNK, 1, keys_, width(), grad_queries_, width(), true);
+      for (int64_t j = i; j < i + count; j++) {
+        float *grad = grad_queries_ + (j - i) * width(), *query = queries_ + j * width();
+        if (decays()) sums[j] += dot(width(), grad, query);
+        finish_features(grad, query, gradients_.query.at(b, head, start_ + j));
+      }
     }
-    write_rows(grads_, queries_, [&](int64_t i) {
-      if (head % sizes_.groups() == 0) fetch_written(b, head / sizes_.groups(), start_ - CHUNK + i);
+    write_rows(grads_, queries_, add, [&](int64_t i) {
+      if (group == 0) fetch_written(b, h, start_ - CHUNK + i);
     });
-    carry(memory_size(), 1.0f, grad_memory_, written_, grad_memory_);
-    for (int64_t i = 0; i < rows_; i++) {
-      float *grad = grad_queries_ + i * width(), *query = queries_ + i * width();
-      if (decays()) sums[i] += dot(width(), grad, query);
-      finish_features(grad, query, gradients_.query.at(b, head, start_ + i));
-    }
   }
 
   // Gradients of a numerator and, beside them, of its denominator.
@@ -610,21 +603,28 @@ class Differentiator {
     to[dims] = grad_denominator;
   }
 
-  void finish_keys(int64_t b, int64_t h, float* sums) {
-    for (int64_t i = 0; i < rows_; i++) {
-      float *grad = grad_keys_ + i * width(), *key = keys_ + i * width();
-      if (decays()) sums[i] -= dot(width(), grad, key);
-      finish_features(grad, key, gradients_.key.at(b, h, start_ + i));
+  // Adds what later chunks read of these tokens.
+  void finish_keys(int64_t b, int64_t h, int64_t first, int64_t count, float* sums) {
+    const int64_t value_width = sizes_.value_width;
+    float *grad_keys = grad_keys_ + first * width(), *grad_values = grad_values_ + first * value_width;
+    product(count, sizes_.dims + 1, width(), decayed_values() + first * extended(), extended(), 1, grad_memory_, width(), grad_keys,
+            width(), true);
+    product(count, width(), value_width, decayed_keys() + first * width(), width(), 1, turned_grad_memory_, extended(), grad_values,
+            value_width, true);
+    for (int64_t i = first; i < first + count; i++, grad_keys += width(), grad_values += value_width) {
+      const float* key = keys_ + i * width();
+      if (decays()) sums[i] -= dot(width(), grad_keys, key);
+      finish_features(grad_keys, key, gradients_.key.at(b, h, start_ + i));
+      unpack(1, sizes_.dims, grad_values, 0, gradients_.value.at(b, h, start_ + i), 0);
     }
   }
 
   // Through the feature map, whose derivative is min(feature, 1) for elu(x) + 1, also where padding made the feature zero.
   void finish_features(float* grad, const float* features, float* to) const {
-    if (reading_.elu)
-      for (int64_t f = 0; f < width(); f += LANES) {
-        const Vector feature = load(features + f), one = fill(1.0f);
-        store(grad + f, load(grad + f) * (feature < one ? feature : one));
-      }
+    for (int64_t f = 0; reading_.elu && f < width(); f += LANES) {
+      const Vector feature = load(features + f), one = fill(1.0f);
+      store(grad + f, load(grad + f) * (feature < one ? feature : one));
+    }
     unpack(1, sizes_.features, grad, 0, to, 0);
   }
 

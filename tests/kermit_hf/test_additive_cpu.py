@@ -279,6 +279,7 @@ def test_torch_compile_is_left_to_torch(calls):
         ("cpp", "elu", "additive_elu_fused"),
         ("auto", "elu", "additive_elu_fused"),
         ("cpp", "favor", "additive_fused"),
+        ("cpp", "hedgehog", "additive_fused"),
         ("torch", "elu", None),
     ],
 )
