@@ -66,11 +66,30 @@ std::optional<Tokens> tokens_of(const std::optional<Tensor>& tensor) {
 
 // Packing.
 
+// exp of numbers from -80 to 0, to about two units in the last place and in two thirds of the time of `exponential`: 2^k is added
+// to the exponent. A minimax polynomial of exp(r).
+Vector exponential_below_zero(Vector x) {
+  const Vector shifted = x * 1.44269504f + 12582912.0f;
+  const Vector k = shifted - 12582912.0f;
+  const Vector r = x - k * 0.693359375f - k * -2.12194440e-4f;
+  Vector p = r * 0.008290314115583897f + 0.04189793020486832f;
+  p = p * r + 0.1666763573884964f;
+  p = p * r + 0.4999915063381195f;
+  p = p * r + 0.9999997019767761f;
+  p = p * r + 1.0f;
+  IntVector bits, power;
+  std::memcpy(&power, &shifted, sizeof power);
+  std::memcpy(&bits, &p, sizeof bits);
+  bits += power << 23;
+  std::memcpy(&p, &bits, sizeof p);
+  return p;
+}
+
 // elu(x) + 1, as `_EluPlusOne` has it. Not-a-numbers stay what they are: the second one of two is taken.
 Vector elu_plus_one(Vector x) {
   const Vector zero{};
   const Vector negative = zero < x ? zero : x;
-  return exponential(larger(fill(MIN_LOG_DECAY), negative)) + larger(zero, x);
+  return exponential_below_zero(larger(fill(MIN_LOG_DECAY), negative)) + larger(zero, x);
 }
 
 // Rows (rows, width) into whole vectors, whose rest gets zero: `map` of them, a function of a vector.
