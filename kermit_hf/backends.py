@@ -19,14 +19,14 @@ Single tokens (decoding) and explicit weights always are PyTorch's.
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from typing import NamedTuple
 
 import torch
 from packaging.version import Version
 
-from .feature_maps import FeatureMap, TaylorFeatureMap
+from .feature_maps import EluFeatureMap, FavorFeatureMap, FeatureMap, TaylorFeatureMap
 from .kernel_attention import KernelReadout
 from .kernel_choice import KernelChoice, device_misfit, fits_kernels
 from .window_attention import WindowOutput, window_blocked
@@ -37,12 +37,14 @@ MAX_COORDINATES, MAX_SINKS = 64, 128
 
 class Kernel(NamedTuple):
     """A chunked form in place of PyTorch's, and what prepares queries and keys for it. takes_mask: tokens that do not enter
-    the memory are named by `key_mask`, not by features of zero."""
+    the memory are named by `key_mask`, not by features of zero. divides: with `divides=True` its numerators come divided by
+    their denominators, those below 1e-30 taken as that."""
 
     chunked: Callable[..., KernelReadout]
     map_queries: Callable
     map_keys: Callable
     takes_mask: bool = False
+    divides: bool = False
 
 
 def kernel_backend(name: str) -> AbstractContextManager[None]:
@@ -83,7 +85,36 @@ def find_kernel(
 
         forms = {"additive": fla_additive_chunked, "delta": fla_delta_chunked}
         return Kernel(forms[update_rule], map_queries, map_keys)
+    if update_rule == "additive" and _takes_cpp(query, value) and CHOICE.serves("cpp", query):
+        from .additive_cpu import additive_elu_fused, additive_fused
+
+        if type(feature_map) is EluFeatureMap and not feature_map.unit_norm:
+            return Kernel(additive_elu_fused, _unmapped_queries, _unmapped_keys, takes_mask=True, divides=True)
+        if type(feature_map) is FavorFeatureMap and not feature_map.unit_norm:
+            from .favor_cpu import favor_keys, favor_queries
+
+            directions = feature_map.directions
+            map_queries, map_keys = (partial(form, directions=directions) for form in (favor_queries, favor_keys))
+        return Kernel(additive_fused, map_queries, map_keys, divides=True)
     return None
+
+
+def _unmapped_queries(query: torch.Tensor) -> tuple[torch.Tensor, None]:
+    return query, None
+
+
+def _unmapped_keys(key: torch.Tensor) -> torch.Tensor:
+    return key
+
+
+def _takes_cpp(*states: torch.Tensor) -> bool:
+    """Whether our kernels in C++ take these states: in float32, and neither traced nor transformed."""
+    return (
+        not torch.compiler.is_compiling()
+        and all(tensor.dtype == torch.float32 for tensor in states)
+        and not torch.jit.is_tracing()
+        and not torch._C._are_functorch_transforms_active()
+    )
 
 
 def _has_triton_kernel(

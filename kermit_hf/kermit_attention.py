@@ -32,12 +32,13 @@ SEGMENT_ELEMENTS = 512 * 1024
 
 
 class UpdateRule(NamedTuple):
-    """The three forms of one rule, see `kernel_attention`; takes_mask: see `backends.Kernel`."""
+    """The three forms of one rule, see `kernel_attention`; takes_mask, divides: see `backends.Kernel`."""
 
     reference: Callable[..., KernelReadout]
     chunked: Callable[..., KernelReadout]
     step: Callable[..., KernelReadout]
     takes_mask: bool = False
+    divides: bool = False
 
 
 UPDATE_RULES = {
@@ -71,13 +72,14 @@ class Slots(NamedTuple):
 class FarReadout(NamedTuple):
     """numerator (batch, heads, length, head_dim); denominator (batch, heads, length), None for the delta rule; log_scale of
     the queries, (batch, heads, length) or None; empty, which queries have nothing behind their window, broadcastable to
-    (batch, heads, length); weights (batch, heads, length, slots), from the reference."""
+    (batch, heads, length); weights (batch, heads, length, slots), from the reference; divided: the numerator is their quotient."""
 
     numerator: torch.Tensor
     denominator: torch.Tensor | None
     log_scale: torch.Tensor | None
     empty: torch.Tensor | None
     weights: torch.Tensor | None
+    divided: bool = False
 
 
 class KermitAttentionOutput(NamedTuple):
@@ -135,6 +137,10 @@ def kermit_attention(
         dropout=dropout,
     )
     segment = _segment_size(query, window_size)
+    if window_size == 0 and segment < query.shape[2]:
+        # A kernel that maps queries and keys itself makes nothing of the text's length but its output.
+        kernel = find_kernel(update_rule, map_queries, map_keys, query, slots.values)
+        segment = query.shape[2] if kernel is not None and kernel.takes_mask else segment
     if explicit or not is_causal or slots.num_absorbed is not None or query.shape[2] <= segment:
         return attend(query, slots, rotary, far_logit)
     return _in_segments(attend, query, slots, rotary, far_logit, window_size, segment)
@@ -333,7 +339,8 @@ def _virtual_token(far: FarReadout, logit: torch.Tensor, norm: Callable | None) 
         value = norm(far.numerator)
     else:
         denominator = _positive(far.denominator)
-        value, logit = _Divide.apply(far.numerator, denominator[..., None]), logit + denominator.log()
+        value = far.numerator if far.divided else _Divide.apply(far.numerator, denominator[..., None])
+        logit = logit + denominator.log()
     if far.log_scale is not None:
         logit = logit + far.log_scale
     logit = logit.to(value.dtype)
@@ -378,8 +385,8 @@ def _far_field(
     if not explicit and length > 1:
         kernel = find_kernel(update_rule, map_queries, map_keys, query, slots.values)
         if kernel is not None:
-            rule = rule._replace(chunked=kernel.chunked, step=kernel.chunked, takes_mask=kernel.takes_mask)
-            map_queries, map_keys = kernel.map_queries, kernel.map_keys
+            chunked, map_queries, map_keys, takes_mask, divides = kernel
+            rule = rule._replace(chunked=chunked, step=chunked, takes_mask=takes_mask, divides=divides)
     query_features, log_scale = map_queries(query)
     if not is_causal:
         return _far_both_ways(query_features, log_scale, slots, window_size, rule, map_keys, explicit), None
@@ -405,7 +412,8 @@ def _far_field(
     early, skip = max(length - count, 0), max(count - length, 0)
     paired = pad_zeros(query_features, (0, 0, skip, 0))[:, :, early:]
     form = rule.reference if explicit else rule.step if count == 1 and memory is not None else rule.chunked
-    read = form(paired, **tokens, memory=memory)
+    options = {"divides": True} if rule.divides else {}
+    read = form(paired, **tokens, memory=memory, **options)
     far = FarReadout(
         pad_zeros(read.numerator[:, :, skip:], (0, 0, early, 0)),
         None if read.denominator is None else pad_zeros(read.denominator[:, :, skip:], (early, 0)),
@@ -414,6 +422,7 @@ def _far_field(
         if _all_have_older(slots, length, window_size, num_sinks + 1)
         else _num_older(slots, length, window_size) <= num_sinks,
         pad_zeros(read.weights[:, :, skip:], (start, num_slots - end, early, 0)) if explicit else None,
+        rule.divides,
     )
     return far, read.memory if keeps_all else memory
 

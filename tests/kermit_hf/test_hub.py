@@ -34,10 +34,13 @@ class TestKermitOnTheHub(GenerativeHubRoundTrip):
     code: ClassVar = [
         "modeling_kermit.py",
         "configuration_kermit.py",
+        "additive_cpu.py",
         "attention_layers.py",
         "backends.py",
         "cache_kermit.py",
         "checkpoints.py",
+        "cpu_kernels.py",
+        "favor_cpu.py",
         "feature_maps.py",
         "fla_kernels.py",
         "kermit_attention.py",

@@ -1,0 +1,83 @@
+"""The additive rule as kernels for CPUs, in float32: `additive_chunked` without its passes over memory. See additive_cpu.cpp."""
+
+import torch
+
+from .cpu_kernels import load_cpu_kernels
+from .kernel_attention import KernelMemory, KernelReadout, empty_memory
+
+
+def additive_fused(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    log_forget: torch.Tensor | None = None,
+    memory: KernelMemory | None = None,
+    divides: bool = False,
+) -> KernelReadout:
+    """`additive_chunked`, everything in float32. First derivatives only. divides: see `backends.Kernel`."""
+    return _run(query, key, value, log_forget, memory, None, False, divides)
+
+
+def additive_elu_fused(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    log_forget: torch.Tensor | None = None,
+    memory: KernelMemory | None = None,
+    key_mask: torch.Tensor | None = None,
+    divides: bool = False,
+) -> KernelReadout:
+    """The same of queries and keys before the feature map "elu", which is applied here.
+
+    key_mask (batch or 1, 1, seq) is zero at tokens that leave the memory as it is; their log_forget has to be zero too.
+    """
+    return _run(query, key, value, log_forget, memory, key_mask, True, divides)
+
+
+def _run(query, key, value, log_forget, memory, key_mask, elu, divides) -> KernelReadout:
+    query, key, value = (_rows(tensor.float()) for tensor in (query, key, value))
+    log_forget = None if log_forget is None else log_forget.float()
+    key_mask = None if key_mask is None else key_mask.float().expand(key.shape[:3])
+    memory = empty_memory(key, value, normalized=True) if memory is None else memory
+    matrix, normalizer = memory.matrix.float(), memory.normalizer.float()
+    read = _AdditiveFused.apply(query, key, value, log_forget, key_mask, matrix, normalizer, elu, divides)
+    return KernelReadout(*read[:2], KernelMemory(*read[2:]))
+
+
+def _rows(states: torch.Tensor) -> torch.Tensor:
+    """With a contiguous last axis."""
+    return states if states.stride(-1) == 1 else states.contiguous()
+
+
+class _AdditiveFused(torch.autograd.Function):
+    """Takes states, gate, mask and the first memory one by one. Returns numerator, denominator and the last memory."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, log_forget, key_mask, matrix, normalizer, elu, divides):
+        inputs = query, key, value, log_forget, key_mask
+        last = _copy(matrix), _copy(normalizer)
+        numerator, denominator = load_cpu_kernels("kermit_hf").additive_forward(*inputs, *last, elu, divides)
+        ctx.save_for_backward(*inputs, matrix, normalizer, numerator if divides else query, denominator)
+        ctx.options = elu, divides
+        ctx.set_materialize_grads(False)
+        return numerator, denominator, *last
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_numerator, grad_denominator, grad_matrix, grad_normalizer):
+        *inputs, matrix, normalizer, numerator, denominator = ctx.saved_tensors
+        grad_numerator = None if grad_numerator is None else _rows(grad_numerator)
+        grad_matrix = torch.zeros_like(matrix) if grad_matrix is None else grad_matrix
+        grad_normalizer = torch.zeros_like(normalizer) if grad_normalizer is None else grad_normalizer
+        grad_memory = _copy(grad_matrix), _copy(grad_normalizer)
+        memory = matrix.contiguous(), normalizer.contiguous()
+        grads = load_cpu_kernels("kermit_hf").additive_backward(
+            *inputs, *memory, numerator, denominator, grad_numerator, grad_denominator, *grad_memory, *ctx.options
+        )
+        needed = ctx.needs_input_grad
+        grads = [*grads, None, *grad_memory]
+        return *(grad if wanted else None for grad, wanted in zip(grads, needed[:7], strict=True)), None, None
+
+
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.clone(memory_format=torch.contiguous_format)
