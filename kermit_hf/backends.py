@@ -26,7 +26,7 @@ from typing import NamedTuple
 import torch
 from packaging.version import Version
 
-from .feature_maps import FeatureMap, TaylorFeatureMap
+from .feature_maps import FeatureMap, SiluL2FeatureMap, TaylorFeatureMap
 from .kernel_attention import KernelReadout
 from .kernel_choice import KernelChoice, device_misfit, fits_kernels
 from .window_attention import WindowOutput, window_blocked
@@ -83,7 +83,23 @@ def find_kernel(
 
         forms = {"additive": fla_additive_chunked, "delta": fla_delta_chunked}
         return Kernel(forms[update_rule], map_queries, map_keys)
+    if update_rule == "delta" and _takes_cpp(query, value) and CHOICE.serves("cpp", query):
+        from .delta_cpu import delta_fused, delta_silu_fused
+
+        if type(feature_map) is SiluL2FeatureMap and feature_map.unit_norm:
+            return Kernel(delta_silu_fused, lambda query: (query, None), lambda key: key)
+        return Kernel(delta_fused, map_queries, map_keys)
     return None
+
+
+def _takes_cpp(*states: torch.Tensor) -> bool:
+    """Whether our kernels in C++ take these states: in float32, and neither traced nor transformed."""
+    return (
+        not torch.compiler.is_compiling()
+        and all(tensor.dtype == torch.float32 for tensor in states)
+        and not torch.jit.is_tracing()
+        and not torch._C._are_functorch_transforms_active()
+    )
 
 
 def _has_triton_kernel(

@@ -38,6 +38,8 @@ class TestKermitOnTheHub(GenerativeHubRoundTrip):
         "backends.py",
         "cache_kermit.py",
         "checkpoints.py",
+        "cpu_kernels.py",
+        "delta_cpu.py",
         "feature_maps.py",
         "fla_kernels.py",
         "kermit_attention.py",
