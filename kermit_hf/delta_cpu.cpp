@@ -6,6 +6,8 @@
 //
 // Triangular matrices, rows CHUNK apart, hold blocks on and below the diagonal only; what is above them is never read.
 
+#include <sys/mman.h>
+
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -23,7 +25,8 @@ namespace {
 
 using namespace tiles;
 
-constexpr int64_t CHUNK = 64, BLOCK = 16;
+// Longer chunks would need more work inside them, shorter ones more memories.
+constexpr int64_t CHUNK = 32, BLOCK = 16;
 // Decays below exp(MIN_LOG_DECAY) are dropped, as in kernel_attention.py.
 constexpr float MIN_LOG_DECAY = -40.0f;
 constexpr float MIN_NORM = 1e-12f;
@@ -65,12 +68,6 @@ struct Chunk {
 
 // Rows.
 
-inline float dot(int64_t width, const float* a, const float* b) {
-  Vector sum{};
-  for (int64_t j = 0; j < width; j += LANES) sum += load(a + j) * load(b + j);
-  return sum_of(sum);
-}
-
 inline void scale_row(int64_t width, float factor, const float* from, float* to) {
   for (int64_t j = 0; j < width; j += LANES) store(to + j, factor * load(from + j));
 }
@@ -86,6 +83,12 @@ void pack_wide(int64_t count, int64_t rows, int64_t width, int64_t wide, const f
     for (int64_t j = width; j < wide; j++) to[i * wide + j] = 0.0f;
   }
   std::fill(to + count * wide, to + rows * wide, 0.0f);
+}
+
+// Fetches rows that will be packed soon; their distance keeps processors from guessing them.
+void prefetch(int64_t count, int64_t width, const float* from, int64_t stride) {
+  for (int64_t i = 0; i < count; i++)
+    for (int64_t j = 0; j < width; j += 16) __builtin_prefetch(from + i * stride + j, 0, 2);
 }
 
 void unpack(int64_t count, int64_t width, int64_t wide, const float* from, float* to, int64_t stride) {
@@ -123,13 +126,44 @@ void transpose(int64_t rows, int64_t columns, const float* from, int64_t from_ro
     }
 }
 
+// The dot product of each row of `a` with that of `b`; rows are a whole number of vectors.
+void row_products(int64_t rows, int64_t width, const float* a, const float* b, float* products) {
+  for (int64_t start = 0; start < rows; start += LANES) {
+    Vector sums[LANES];
+    for (int64_t i = 0; i < LANES; i++, a += width, b += width) {
+      sums[i] = load(a) * load(b);
+      for (int64_t j = LANES; j < width; j += LANES) sums[i] += load(a + j) * load(b + j);
+    }
+    transpose_square(sums);
+    for (int64_t i = 1; i < LANES; i++) sums[0] += sums[i];
+    store(products + start, sums[0]);
+  }
+}
+
 // Products with triangular matrices.
+
+// BLOCK rows of a product; narrow ones in higher tiles than `product` has.
+inline void product_block(int64_t depth, int64_t width, const float* a, int64_t a_row, int64_t a_column, const float* b,
+                          int64_t b_row, float* c, int64_t c_row) {
+  if constexpr (LANES == 16) {
+    if (width == LANES) return product_tile<16, 1>(depth, a, a_row, a_column, b, b_row, c, c_row, false);
+    if (width == 2 * LANES || width == 3 * LANES) {
+      for (int64_t i = 0; i < BLOCK; i += 8)
+        if (width == 2 * LANES)
+          product_tile<8, 2>(depth, a + i * a_row, a_row, a_column, b, b_row, c + i * c_row, c_row, false);
+        else
+          product_tile<8, 3>(depth, a + i * a_row, a_row, a_column, b, b_row, c + i * c_row, c_row, false);
+      return;
+    }
+  }
+  product(BLOCK, depth, width, a, a_row, a_column, b, b_row, c, c_row);
+}
 
 // The lower blocks of A B, (rows, rows).
 void product_to_lower(int64_t rows, int64_t depth, const float* a, int64_t a_row, int64_t a_column, const float* b,
                       float* lower) {
   for (int64_t start = 0; start < rows; start += BLOCK)
-    product(BLOCK, depth, start + BLOCK, a + start * a_row, a_row, a_column, b, CHUNK, lower + start * CHUNK, CHUNK);
+    product_block(depth, start + BLOCK, a + start * a_row, a_row, a_column, b, CHUNK, lower + start * CHUNK, CHUNK);
 }
 
 // C += L B, where `lower` is L, (rows, rows).
@@ -200,12 +234,6 @@ inline Vector exp_decay(Vector log_decay) {
   return log_decay < MIN_LOG_DECAY ? Vector{} : exponential(log_decay);
 }
 
-inline IntVector lanes_from(int64_t first) {
-  IntVector lanes;
-  for (int64_t lane = 0; lane < LANES; lane++) lanes[lane] = static_cast<int32_t>(first + lane);
-  return lanes;
-}
-
 // The sum of log gates in two parts, as `cumulative_log_decay` takes it.
 void read_gates(const Chunk& chunk, const float* strength, int64_t strength_step, const float* log_forget,
                 int64_t forget_step, Gates& gates) {
@@ -225,11 +253,13 @@ void read_gates(const Chunk& chunk, const float* strength, int64_t strength_step
     store(gates.out + i, exp_decay((coarse_sum - load(coarse + i)) + (fine_sum - load(fine + i))));
   }
   gates.all = gates.in[chunk.rows - 1];
-  for (int64_t i = 0; i < chunk.rows; i++)
-    for (int64_t j = 0; j < round_up(i + 1, BLOCK); j += LANES) {
-      const Vector decay = exp_decay((coarse[i] - load(coarse + j)) + (fine[i] - load(fine + j)));
-      store(gates.between + i * CHUNK + j, lanes_from(j) <= static_cast<int32_t>(i) ? decay : Vector{});
-    }
+  for (int64_t i = 0; i < chunk.rows; i++) {
+    float* row = gates.between + i * CHUNK;
+    const int64_t end = round_up(i + 1, BLOCK);
+    for (int64_t j = 0; j < end; j += LANES)
+      store(row + j, exp_decay((coarse[i] - load(coarse + j)) + (fine[i] - load(fine + j))));
+    std::fill(row + i + 1, row + end, 0.0f);
+  }
 }
 
 // Each row of a lower matrix times the decays of that row, and times factors[i] where there are factors.
@@ -245,30 +275,39 @@ void decay_lower(int64_t rows, const float* between, const float* factors, float
 
 // The feature map "silu_l2": y / |y| with y = silu(x).
 
-inline Vector sigmoid(Vector x) { return 1.0f / (1.0f + exponential(larger(fill(-88.0f), x) * -1.0f)); }
+// 1 / x of numbers from 1 on: a guess from the bits of x, within an eighth, whose error three steps of Newton's method square.
+inline Vector reciprocal(Vector x) {
+  IntVector bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  bits = 0x7EF311C7 - bits;
+  Vector y;
+  std::memcpy(&y, &bits, sizeof y);
+  for (int step = 0; step < 3; step++) y = y * (2.0f - x * y);
+  return y;
+}
 
-// Maps rows in place and keeps what divides them.
+inline Vector sigmoid(Vector x) { return reciprocal(1.0f + exponential(0.0f - larger(x, fill(-87.0f)))); }
+
+// Maps rows in place and keeps what divides them; rows are a whole number of vectors.
 void map_rows(int64_t rows, int64_t width, float* states, float* inverse_norms) {
-  for (int64_t i = 0; i < rows; i++, states += width) {
-    Vector squares{};
-    for (int64_t j = 0; j < width; j += LANES) {
-      const Vector x = load(states + j), y = x * sigmoid(x);
-      squares += y * y;
-      store(states + j, y);
-    }
-    inverse_norms[i] = 1.0f / std::max(std::sqrt(sum_of(squares)), MIN_NORM);
-    scale_row(width, inverse_norms[i], states, states);
+  for (int64_t i = 0; i < rows * width; i += LANES) store(states + i, load(states + i) * sigmoid(load(states + i)));
+  row_products(rows, width, states, states, inverse_norms);
+  for (int64_t i = 0; i < rows; i++) {
+    inverse_norms[i] = 1.0f / std::max(std::sqrt(inverse_norms[i]), MIN_NORM);
+    scale_row(width, inverse_norms[i], states + i * width, states + i * width);
   }
 }
 
 // Turns gradients of features into those of `states`, which were mapped, in place.
 void map_gradient(int64_t rows, int64_t width, const float* states, const float* features, const float* inverse_norms,
                   float* gradient) {
+  float along[CHUNK];
+  row_products(rows, width, gradient, features, along);
   for (int64_t i = 0; i < rows; i++, states += width, features += width, gradient += width) {
-    const float along = inverse_norms[i] < 1.0f / MIN_NORM ? dot(width, gradient, features) : 0.0f;
+    if (inverse_norms[i] >= 1.0f / MIN_NORM) along[i] = 0.0f;
     for (int64_t j = 0; j < width; j += LANES) {
       const Vector x = load(states + j), s = sigmoid(x);
-      const Vector grad = (load(gradient + j) - along * load(features + j)) * inverse_norms[i];
+      const Vector grad = (load(gradient + j) - along[i] * load(features + j)) * inverse_norms[i];
       store(gradient + j, grad * s * (1.0f + x * (1.0f - s)));
     }
   }
@@ -293,7 +332,7 @@ struct Inputs {
                    float* inverse_norms) const {
     const int64_t wide = round_up(width);
     pack_wide(chunk.count, chunk.rows, width, wide, tokens.at(batch, head, chunk.start), tokens.token, to);
-    if (maps) map_rows(chunk.count, wide, to, inverse_norms);
+    if (maps) map_rows(chunk.rows, wide, to, inverse_norms);
   }
   // Stores the gradient of features as that of queries or keys; both gradient and scratch, (rows, width), are overwritten.
   void store_gradient(const Tokens& tokens, const Tokens& to, const Chunk& chunk, int64_t batch, int64_t head,
@@ -302,7 +341,7 @@ struct Inputs {
     const int64_t wide = round_up(width);
     if (maps) {
       pack_wide(chunk.count, chunk.rows, width, wide, tokens.at(batch, head, chunk.start), tokens.token, scratch);
-      map_gradient(chunk.count, wide, scratch, features, inverse_norms, gradient);
+      map_gradient(chunk.rows, wide, scratch, features, inverse_norms, gradient);
     }
     unpack(chunk.count, width, wide, gradient, to.at(batch, head, chunk.start), to.token);
   }
@@ -357,16 +396,23 @@ void carry(const Sizes& sizes, const Chunk& chunk, ForwardBuffers& buffers) {
   product(features, chunk.rows, dim, buffers.keys, CHUNK, 1, buffers.values, dim, buffers.memory, dim, true);
 }
 
+// Lets the system back a large new tensor by huge pages: each page's first use costs time.
+at::Tensor in_huge_pages(at::Tensor tensor) {
+  constexpr uintptr_t PAGE = 1 << 21;
+  const uintptr_t start = reinterpret_cast<uintptr_t>(tensor.data_ptr()), end = start + tensor.nbytes();
+  const uintptr_t first = (start + PAGE - 1) / PAGE * PAGE, last = end / PAGE * PAGE;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+  return tensor;
+}
+
+at::Tensor empty(at::IntArrayRef sizes, const at::Tensor& like) { return in_huge_pages(at::empty(sizes, like.options())); }
+
 void check(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value) {
   for (const at::Tensor* tensor : {&query, &key, &value}) {
     TORCH_CHECK(tensor->dim() == 4 && tensor->scalar_type() == at::kFloat, "states must be float32 with four axes");
     TORCH_CHECK(tensor->size(3) == 1 || tensor->stride(3) == 1, "the last axis of states must be contiguous");
   }
   TORCH_CHECK(key.size(1) > 0 && query.size(1) % key.size(1) == 0, "heads must be a multiple of kv_heads");
-}
-
-at::Tensor as_heads(const at::Tensor& like, int64_t batch, int64_t heads, int64_t length, int64_t dim) {
-  return at::empty({batch, length, heads, dim}, like.options()).transpose(1, 2);
 }
 
 // Numerator and last memory; where `keeps`, also what `delta_backward` wants: the memory before and after each chunk, (batch,
@@ -377,11 +423,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> delta_forward(
   check(query, key, value);
   const Sizes sizes(query, value);
   const int64_t features = sizes.features, head_dim = sizes.head_dim, memory_size = features * head_dim;
-  at::Tensor numerator = as_heads(value, sizes.batch, sizes.heads, sizes.length, head_dim);
-  at::Tensor last = at::empty({sizes.batch, sizes.kv_heads, features, head_dim}, value.options());
-  at::Tensor memories = at::empty({sizes.batch, sizes.kv_heads, keeps ? sizes.chunks() + 1 : 0, features, head_dim},
-                                  value.options());
-  at::Tensor written = at::empty({sizes.batch, sizes.kv_heads, keeps ? sizes.length : 0, head_dim}, value.options());
+  at::Tensor numerator = empty({sizes.batch, sizes.heads, sizes.length, head_dim}, value);
+  at::Tensor last = empty({sizes.batch, sizes.kv_heads, features, head_dim}, value);
+  at::Tensor memories = empty({sizes.batch, sizes.kv_heads, keeps ? sizes.chunks() + 1 : 0, features, head_dim}, value);
+  at::Tensor written = empty({sizes.batch, sizes.kv_heads, keeps ? sizes.length : 0, head_dim}, value);
 
   const Inputs inputs{Tokens(query), Tokens(key), Tokens(value), Tokens(strength),
                       Tokens(log_forget.value_or(at::Tensor())), maps};
@@ -437,7 +482,7 @@ struct BackwardBuffers {
       : keys(CHUNK * features), keys_transposed(features * CHUNK), queries(CHUNK * features),
         written_transposed(dim * CHUNK), memory(features * dim), memory_transposed(dim * features),
         gradient_transposed(dim * features), grad_numerator(CHUNK * dim), grad_memory(features * dim),
-        grad_written(CHUNK * dim), grad_query(CHUNK * features), grad_key(CHUNK * features),
+        grad_written(CHUNK * dim), grad_query(features * std::max(CHUNK, dim)), grad_key(CHUNK * features),
         scaled(CHUNK * std::max(features, dim)), weights(CHUNK * CHUNK), grad_scores(CHUNK * CHUNK),
         system(CHUNK * CHUNK) {}
 };
@@ -473,9 +518,13 @@ void start_chunk(const Sizes& sizes, const Inputs& inputs, const Saved& saved, c
   scale_rows(rows, dim, gates.out, 1.0f, buffers.grad_written, buffers.grad_written);
   std::fill(buffers.grad_sums, buffers.grad_sums + CHUNK, 0.0f);
 
-  for (int64_t i = 0; i < sizes.features; i++)
-    for (int64_t j = 0; j < sizes.head_dim; j++)
-      buffers.grad_sums[rows - 1] += saved.after[i * sizes.head_dim + j] * buffers.grad_memory[i * dim + j];
+  // The last token's sum counts in all that is left after the chunk.
+  pack_wide(sizes.features, features, sizes.head_dim, dim, saved.after, sizes.head_dim, buffers.grad_query);
+  float products[LANES];
+  for (int64_t i = 0; i < features; i += LANES) {
+    row_products(LANES, dim, buffers.grad_query + i * dim, buffers.grad_memory + i * dim, products);
+    buffers.grad_sums[rows - 1] += sum_of(load(products));
+  }
   for (int64_t i = 0; i < features * dim; i += LANES)
     store(buffers.grad_memory + i, gates.all * load(buffers.grad_memory + i));
 }
@@ -501,8 +550,9 @@ void read_backward(const Sizes& sizes, const Inputs& inputs, const Gradients& gr
   add_lower_product(rows, features, buffers.grad_scores, buffers.keys, buffers.grad_query);
   product(features, rows, dim, buffers.queries, 1, features, buffers.grad_numerator, dim, buffers.grad_memory, dim, true);
 
-  for (int64_t i = 0; i < rows; i++)
-    buffers.grad_sums[i] += dot(features, buffers.grad_query + i * features, buffers.queries + i * features);
+  float read[CHUNK];
+  row_products(rows, features, buffers.grad_query, buffers.queries, read);
+  for (int64_t i = 0; i < rows; i++) buffers.grad_sums[i] += read[i];
   inputs.store_gradient(inputs.query, gradients.query, chunk, batch, query_head, sizes.features, buffers.queries,
                         buffers.query_inverse_norms, buffers.grad_query, buffers.scaled);
 }
@@ -514,20 +564,18 @@ void write_backward(const Sizes& sizes, const Inputs& inputs, const Saved& saved
   const Gates& gates = buffers.gates;
   pack_wide(chunk.count, rows, sizes.head_dim, dim, saved.written.at(batch, head, chunk.start), saved.written.token,
             buffers.scaled);
-  for (int64_t i = 0; i < rows; i++) {
-    buffers.grad_sums[i] += dot(dim, buffers.grad_written + i * dim, buffers.scaled + i * dim);
-    buffers.grad_sums[i] -= dot(features, buffers.grad_key + i * features, buffers.keys + i * features);
-  }
+  float reads[CHUNK], is_read[CHUNK];
+  row_products(rows, dim, buffers.grad_written, buffers.scaled, reads);
+  row_products(rows, features, buffers.grad_key, buffers.keys, is_read);
+  for (int64_t i = 0; i < rows; i++) buffers.grad_sums[i] += reads[i] - is_read[i];
   product_to_lower(rows, features, buffers.keys, features, 1, buffers.keys_transposed, buffers.system);
   decay_lower(rows, gates.between, gates.strength, -1.0f, buffers.system);
   solve_transposed(rows, dim, buffers.system, buffers.grad_written);
 
   pack_wide(chunk.count, rows, sizes.head_dim, dim, inputs.value.at(batch, head, chunk.start), inputs.value.token,
             buffers.scaled);
-  for (int64_t i = 0; i < rows; i++) {
-    buffers.grad_strength[i] = dot(dim, buffers.grad_written + i * dim, buffers.scaled + i * dim);
-    buffers.grad_sums[i] -= gates.strength[i] * buffers.grad_strength[i];
-  }
+  row_products(rows, dim, buffers.grad_written, buffers.scaled, buffers.grad_strength);
+  for (int64_t i = 0; i < rows; i++) buffers.grad_sums[i] -= gates.strength[i] * buffers.grad_strength[i];
 
   // The gradient of the strictly lower part of K K^T, before the write strengths: of b K that goes to b and to K.
   product_to_lower(rows, dim, buffers.grad_written, dim, 1, buffers.written_transposed, buffers.grad_scores);
@@ -540,12 +588,12 @@ void write_backward(const Sizes& sizes, const Inputs& inputs, const Saved& saved
   scale_rows(rows, dim, gates.strength, 1.0f, buffers.scaled, buffers.scaled);
   product(features, rows, dim, buffers.keys_transposed, CHUNK, 1, buffers.scaled, dim, buffers.grad_memory, dim, true);
 
+  float through_write[CHUNK];
+  row_products(rows, features, grad_written_key, buffers.keys, through_write);
   for (int64_t i = 0; i < rows; i++) {
-    const float strength = gates.strength[i];
-    float *grad_key = buffers.grad_key + i * features, *through_write = grad_written_key + i * features;
-    buffers.grad_strength[i] += dot(features, through_write, buffers.keys + i * features);
-    for (int64_t j = 0; j < features; j += LANES)
-      store(grad_key + j, load(grad_key + j) + strength * load(through_write + j));
+    buffers.grad_strength[i] += through_write[i];
+    for (int64_t j = i * features; j < (i + 1) * features; j += LANES)
+      store(buffers.grad_key + j, load(buffers.grad_key + j) + gates.strength[i] * load(grad_written_key + j));
   }
   scale_rows(rows, CHUNK, gates.strength, 1.0f, buffers.grad_scores, buffers.grad_scores);
   add_transposed_product(rows, features, buffers.grad_scores, buffers.keys, buffers.grad_key);
@@ -581,7 +629,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
   TORCH_CHECK(memories.is_contiguous() && grad_matrix.is_contiguous(), "memories must be contiguous");
   const Sizes sizes(query, value);
   const int64_t features = sizes.features, head_dim = sizes.head_dim, memory_size = features * head_dim;
-  at::Tensor grad_query = at::empty_like(query), grad_key = at::empty_like(key), grad_value = at::empty_like(value);
+  at::Tensor grad_query = in_huge_pages(at::empty_like(query)), grad_key = in_huge_pages(at::empty_like(key));
+  at::Tensor grad_value = in_huge_pages(at::empty_like(value));
   at::Tensor grad_strength = at::empty_like(strength), grad_first = at::empty_like(grad_matrix);
   at::Tensor grad_forget = log_forget.has_value() ? at::empty_like(*log_forget) : at::empty({0}, value.options());
 
