@@ -19,12 +19,13 @@ Single tokens (decoding) and explicit weights always are PyTorch's.
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from typing import NamedTuple
 
 import torch
 from packaging.version import Version
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from .feature_maps import FeatureMap, SiluL2FeatureMap, TaylorFeatureMap
 from .kernel_attention import KernelReadout
@@ -90,6 +91,25 @@ def find_kernel(
             return Kernel(delta_silu_fused, lambda query: (query, None), lambda key: key)
         return Kernel(delta_fused, map_queries, map_keys)
     return None
+
+
+def find_norm(norm: Callable, states: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The norm of what the delta rule reads, or one in its place for these states; never for a norm with hooks.
+
+    Raises `ValueError` if the chosen backend cannot run on their device.
+    """
+    if not _takes_cpp(states) or type(norm) is not LlamaRMSNorm or _is_hooked(norm):
+        return norm
+    if norm.weight.dtype == torch.float32 and CHOICE.serves("cpp", states):
+        from .delta_cpu import rms_norm_fused
+
+        return partial(rms_norm_fused, weight=norm.weight, eps=norm.variance_epsilon)
+    return norm
+
+
+def _is_hooked(module: torch.nn.Module) -> bool:
+    hooks = module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks
+    return any(hooks) or "forward" in vars(module)
 
 
 def _takes_cpp(*states: torch.Tensor) -> bool:

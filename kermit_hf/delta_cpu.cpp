@@ -58,12 +58,14 @@ struct Sizes {
   int64_t wide_dim() const { return round_up(head_dim); }
 };
 
-// Which tokens: `count` of them from `start` on, in `rows` rows, those beyond `count` zero.
+// Which tokens: `count` of them from `start` on, in `rows` rows, those beyond `count` zero. next: where the chunk starts whose
+// turn is next, negative if there is none or not a whole one.
 struct Chunk {
-  int64_t index, start, count, rows;
+  int64_t start, count, rows, next;
 
-  Chunk(int64_t index, int64_t length)
-      : index(index), start(index * CHUNK), count(std::min(CHUNK, length - start)), rows(round_up(count, BLOCK)) {}
+  Chunk(int64_t index, int64_t step, int64_t length)
+      : start(index * CHUNK), count(std::min(CHUNK, length - start)), rows(round_up(count, BLOCK)),
+        next(start + (step + 1) * CHUNK <= length ? start + step * CHUNK : -1) {}
 };
 
 // Rows.
@@ -85,10 +87,12 @@ void pack_wide(int64_t count, int64_t rows, int64_t width, int64_t wide, const f
   std::fill(to + count * wide, to + rows * wide, 0.0f);
 }
 
-// Fetches rows that will be packed soon; their distance keeps processors from guessing them.
-void prefetch(int64_t count, int64_t width, const float* from, int64_t stride) {
-  for (int64_t i = 0; i < count; i++)
-    for (int64_t j = 0; j < width; j += 16) __builtin_prefetch(from + i * stride + j, 0, 2);
+// Packs the rows of a chunk and fetches those of the next one into the cache: processors do not guess rows that lie apart.
+void load_rows(const Tokens& tokens, const Chunk& chunk, int64_t batch, int64_t head, int64_t width, float* to) {
+  pack_wide(chunk.count, chunk.rows, width, round_up(width), tokens.at(batch, head, chunk.start), tokens.token, to);
+  if (chunk.next < 0) return;
+  for (int64_t i = chunk.next; i < chunk.next + CHUNK; i++)
+    for (int64_t j = 0; j < width; j += 16) __builtin_prefetch(tokens.at(batch, head, i) + j, 0, 2);
 }
 
 void unpack(int64_t count, int64_t width, int64_t wide, const float* from, float* to, int64_t stride) {
@@ -330,9 +334,8 @@ struct Inputs {
 
   void load_states(const Tokens& tokens, const Chunk& chunk, int64_t batch, int64_t head, int64_t width, float* to,
                    float* inverse_norms) const {
-    const int64_t wide = round_up(width);
-    pack_wide(chunk.count, chunk.rows, width, wide, tokens.at(batch, head, chunk.start), tokens.token, to);
-    if (maps) map_rows(chunk.rows, wide, to, inverse_norms);
+    load_rows(tokens, chunk, batch, head, width, to);
+    if (maps) map_rows(chunk.rows, round_up(width), to, inverse_norms);
   }
   // Stores the gradient of features as that of queries or keys; both gradient and scratch, (rows, width), are overwritten.
   void store_gradient(const Tokens& tokens, const Tokens& to, const Chunk& chunk, int64_t batch, int64_t head,
@@ -363,8 +366,7 @@ void write_chunk(const Sizes& sizes, const Inputs& inputs, const Chunk& chunk, i
   product_to_lower(rows, features, buffers.states, features, 1, buffers.keys, buffers.system);
   decay_lower(rows, gates.between, gates.strength, -1.0f, buffers.system);
 
-  pack_wide(chunk.count, rows, sizes.head_dim, dim, inputs.value.at(batch, head, chunk.start), inputs.value.token,
-            buffers.values);
+  load_rows(inputs.value, chunk, batch, head, sizes.head_dim, buffers.values);
   product(rows, features, dim, buffers.states, features, 1, buffers.memory, dim, buffers.written, dim);
   for (int64_t i = 0; i < rows; i++)
     for (int64_t j = 0; j < dim; j += LANES) {
@@ -444,7 +446,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> delta_forward(
       if (initial != nullptr)
         unpack(features, head_dim, head_dim, initial + memory * memory_size, buffers.memory, dim);
       for (int64_t index = 0; index < sizes.chunks(); index++) {
-        const Chunk chunk(index, sizes.length);
+        const Chunk chunk(index, 1, sizes.length);
         if (keeps)
           unpack(features, head_dim, dim, buffers.memory, kept + (memory * (sizes.chunks() + 1) + index) * memory_size,
                  head_dim);
@@ -505,8 +507,7 @@ void start_chunk(const Sizes& sizes, const Inputs& inputs, const Saved& saved, c
   inputs.load_gates(chunk, batch, head, gates);
   inputs.load_states(inputs.key, chunk, batch, head, sizes.features, buffers.keys, buffers.key_inverse_norms);
   transpose(rows, features, buffers.keys, features, buffers.keys_transposed, CHUNK);
-  pack_wide(chunk.count, rows, sizes.head_dim, dim, saved.written.at(batch, head, chunk.start), saved.written.token,
-            buffers.scaled);
+  load_rows(saved.written, chunk, batch, head, sizes.head_dim, buffers.scaled);
   transpose(rows, dim, buffers.scaled, dim, buffers.written_transposed, CHUNK);
   pack_wide(sizes.features, features, sizes.head_dim, dim, saved.before, sizes.head_dim, buffers.memory);
   transpose(features, dim, buffers.memory, dim, buffers.memory_transposed, features);
@@ -535,8 +536,7 @@ void read_backward(const Sizes& sizes, const Inputs& inputs, const Gradients& gr
   const int64_t rows = chunk.rows, features = sizes.wide_features(), dim = sizes.wide_dim();
   const Gates& gates = buffers.gates;
   inputs.load_states(inputs.query, chunk, batch, query_head, sizes.features, buffers.queries, buffers.query_inverse_norms);
-  pack_wide(chunk.count, rows, sizes.head_dim, dim, gradients.numerator.at(batch, query_head, chunk.start),
-            gradients.numerator.token, buffers.grad_numerator);
+  load_rows(gradients.numerator, chunk, batch, query_head, sizes.head_dim, buffers.grad_numerator);
   product_to_lower(rows, features, buffers.queries, features, 1, buffers.keys_transposed, buffers.weights);
   decay_lower(rows, gates.between, nullptr, 1.0f, buffers.weights);
   add_transposed_product(rows, dim, buffers.weights, buffers.grad_numerator, buffers.grad_written);
@@ -562,8 +562,7 @@ void write_backward(const Sizes& sizes, const Inputs& inputs, const Saved& saved
                     const Chunk& chunk, int64_t batch, int64_t head, BackwardBuffers& buffers) {
   const int64_t rows = chunk.rows, features = sizes.wide_features(), dim = sizes.wide_dim();
   const Gates& gates = buffers.gates;
-  pack_wide(chunk.count, rows, sizes.head_dim, dim, saved.written.at(batch, head, chunk.start), saved.written.token,
-            buffers.scaled);
+  load_rows(saved.written, chunk, batch, head, sizes.head_dim, buffers.scaled);
   float reads[CHUNK], is_read[CHUNK];
   row_products(rows, dim, buffers.grad_written, buffers.scaled, reads);
   row_products(rows, features, buffers.grad_key, buffers.keys, is_read);
@@ -572,8 +571,7 @@ void write_backward(const Sizes& sizes, const Inputs& inputs, const Saved& saved
   decay_lower(rows, gates.between, gates.strength, -1.0f, buffers.system);
   solve_transposed(rows, dim, buffers.system, buffers.grad_written);
 
-  pack_wide(chunk.count, rows, sizes.head_dim, dim, inputs.value.at(batch, head, chunk.start), inputs.value.token,
-            buffers.scaled);
+  load_rows(inputs.value, chunk, batch, head, sizes.head_dim, buffers.scaled);
   row_products(rows, dim, buffers.grad_written, buffers.scaled, buffers.grad_strength);
   for (int64_t i = 0; i < rows; i++) buffers.grad_sums[i] -= gates.strength[i] * buffers.grad_strength[i];
 
@@ -649,7 +647,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
       const int64_t batch = memory / sizes.kv_heads, head = memory % sizes.kv_heads;
       pack_wide(features, wide_features, head_dim, dim, last + memory * memory_size, head_dim, buffers.grad_memory);
       for (int64_t index = sizes.chunks() - 1; index >= 0; index--) {
-        const Chunk chunk(index, sizes.length);
+        const Chunk chunk(index, -1, sizes.length);
         const float* before = kept + (memory * (sizes.chunks() + 1) + index) * memory_size;
         const Saved saved{before, before + memory_size, corrections};
         start_chunk(sizes, inputs, saved, chunk, batch, head, buffers);
@@ -664,6 +662,92 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
   return {grad_query, grad_key, grad_value, grad_strength, grad_forget, grad_first};
 }
 
+
+// The norm of what was read: y = weight x / sqrt(mean(x^2) + eps) for rows x of contiguous states.
+
+// Sums over blocks of this many rows make the gradient of the weight, whatever the number of threads.
+constexpr int64_t NORM_ROWS = 4096;
+
+// factors[i] = 1 / sqrt(mean(x_i^2) + eps).
+void norm_factors(int64_t rows, int64_t width, int64_t wide, const float* x, float eps, float* factors) {
+  row_products(rows, wide, x, x, factors);
+  for (int64_t i = 0; i < rows; i++) factors[i] = 1.0f / std::sqrt(factors[i] / width + eps);
+}
+
+void check_norm(const at::Tensor& states, const at::Tensor& weight) {
+  TORCH_CHECK(states.scalar_type() == at::kFloat && states.is_contiguous(), "states must be float32 and contiguous");
+  TORCH_CHECK(weight.scalar_type() == at::kFloat && weight.is_contiguous() && weight.numel() == states.size(-1),
+              "the weight must be float32, one number for each of a state");
+}
+
+at::Tensor rms_norm_forward(const at::Tensor& states, const at::Tensor& weight, double eps) {
+  check_norm(states, weight);
+  const int64_t width = states.size(-1), wide = round_up(width), rows = states.numel() / width;
+  at::Tensor result = in_huge_pages(at::empty_like(states));
+  const float *from = states.data_ptr<float>(), *weights = weight.data_ptr<float>();
+  float* to = result.data_ptr<float>();
+  at::parallel_for(0, (rows + NORM_ROWS - 1) / NORM_ROWS, 1, [&](int64_t begin, int64_t end) {
+    Scratch x(CHUNK * wide), scale(wide);
+    float factors[CHUNK];
+    pack_wide(1, 1, width, wide, weights, width, scale);
+    for (int64_t row = begin * NORM_ROWS; row < std::min(end * NORM_ROWS, rows); row += CHUNK) {
+      const int64_t count = std::min(CHUNK, rows - row);
+      pack_wide(count, CHUNK, width, wide, from + row * width, width, x);
+      norm_factors(CHUNK, width, wide, x, static_cast<float>(eps), factors);
+      for (int64_t i = 0; i < count; i++)
+        for (int64_t j = 0; j < wide; j += LANES)
+          store(x + i * wide + j, load(scale + j) * (factors[i] * load(x + i * wide + j)));
+      unpack(count, width, wide, x, to + row * width, width);
+    }
+  });
+  return result;
+}
+
+// Gradients of states and weight: with n = x factor and g = weight grad, factor (g - n mean(g n)) and the sum of grad n.
+std::tuple<at::Tensor, at::Tensor> rms_norm_backward(const at::Tensor& states, const at::Tensor& weight,
+                                                     const at::Tensor& grad, double eps) {
+  check_norm(states, weight);
+  check_norm(grad, weight);
+  const int64_t width = states.size(-1), wide = round_up(width), rows = states.numel() / width;
+  const int64_t blocks = (rows + NORM_ROWS - 1) / NORM_ROWS;
+  at::Tensor grad_states = in_huge_pages(at::empty_like(states)), grad_weight = at::empty_like(weight);
+  const float *from = states.data_ptr<float>(), *given = grad.data_ptr<float>(), *weights = weight.data_ptr<float>();
+  float *to = grad_states.data_ptr<float>(), *total = grad_weight.data_ptr<float>();
+  Scratch sums(blocks * wide);
+  std::fill(sums + 0, sums + blocks * wide, 0.0f);
+  at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+    Scratch x(CHUNK * wide), g(CHUNK * wide), scale(wide);
+    float factors[CHUNK], along[CHUNK];
+    pack_wide(1, 1, width, wide, weights, width, scale);
+    for (int64_t row = begin * NORM_ROWS; row < std::min(end * NORM_ROWS, rows); row += CHUNK) {
+      const int64_t count = std::min(CHUNK, rows - row);
+      float* sum = sums + row / NORM_ROWS * wide;
+      pack_wide(count, CHUNK, width, wide, from + row * width, width, x);
+      pack_wide(count, CHUNK, width, wide, given + row * width, width, g);
+      norm_factors(CHUNK, width, wide, x, static_cast<float>(eps), factors);
+      for (int64_t i = 0; i < CHUNK; i++)
+        for (int64_t j = 0; j < wide; j += LANES) {
+          const Vector n = factors[i] * load(x + i * wide + j), d = load(g + i * wide + j);
+          store(sum + j, load(sum + j) + d * n);
+          store(x + i * wide + j, n);
+          store(g + i * wide + j, load(scale + j) * d);
+        }
+      row_products(CHUNK, wide, x, g, along);
+      for (int64_t i = 0; i < count; i++)
+        for (int64_t j = 0; j < wide; j += LANES) {
+          const Vector across = load(g + i * wide + j) - along[i] / width * load(x + i * wide + j);
+          store(g + i * wide + j, factors[i] * across);
+        }
+      unpack(count, width, wide, g, to + row * width, width);
+    }
+  });
+  for (int64_t j = 0; j < width; j++) {
+    total[j] = 0.0f;
+    for (int64_t block = 0; block < blocks; block++) total[j] += sums[block * wide + j];
+  }
+  return {grad_states, grad_weight};
+}
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(kermit_hf, m) {
@@ -674,9 +758,13 @@ TORCH_LIBRARY_FRAGMENT(kermit_hf, m) {
       "delta_backward(Tensor query, Tensor key, Tensor value, Tensor write_strength, Tensor? log_forget, Tensor memories, "
       "Tensor written, Tensor grad_numerator, Tensor grad_matrix, bool maps) -> (Tensor, Tensor, Tensor, Tensor, Tensor, "
       "Tensor)");
+  m.def("rms_norm_forward(Tensor states, Tensor weight, float eps) -> Tensor");
+  m.def("rms_norm_backward(Tensor states, Tensor weight, Tensor grad, float eps) -> (Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(kermit_hf, CPU, m) {
   m.impl("delta_forward", delta_forward);
   m.impl("delta_backward", delta_backward);
+  m.impl("rms_norm_forward", rms_norm_forward);
+  m.impl("rms_norm_backward", rms_norm_backward);
 }

@@ -1,4 +1,5 @@
-"""The delta rule as kernels for CPUs, in float32: `delta_chunked` without its passes over memory. See delta_cpu.cpp."""
+"""The delta rule and the norm behind it as kernels for CPUs, in float32: `delta_chunked` and `LlamaRMSNorm` without their
+passes over memory. See delta_cpu.cpp."""
 
 import torch
 
@@ -65,3 +66,23 @@ class _DeltaFused(torch.autograd.Function):
         )
         has_gate, has_memory = ctx.needs_input_grad[4:6]
         return *grads, grad_log_forget if has_gate else None, grad_first if has_memory else None, None
+
+
+def rms_norm_fused(states: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """weight x / sqrt(mean(x^2) + eps) over the last axis (Zhang and Sennrich 2019, arXiv 1910.07467). First derivatives
+    only."""
+    return _RmsNormFused.apply(states.contiguous(), weight.contiguous(), eps)
+
+
+class _RmsNormFused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, states, weight, eps):
+        ctx.save_for_backward(states, weight)
+        ctx.eps = eps
+        return load_cpu_kernels("kermit_hf").rms_norm_forward(states, weight, eps)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        grads = load_cpu_kernels("kermit_hf").rms_norm_backward(*ctx.saved_tensors, grad.contiguous(), ctx.eps)
+        return *grads, None

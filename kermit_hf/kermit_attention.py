@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .backends import find_kernel, find_window
+from .backends import find_kernel, find_norm, find_window
 from .kernel_attention import (
     KernelMemory,
     KernelReadout,
@@ -209,6 +209,8 @@ def _attend(
     far, memory = _far_field(query, slots, window_size, update_rule, map_queries, map_keys, is_causal, explicit)
     far_field, far_weights = None, None
     if far is not None:
+        if far_norm is not None and not explicit and query.shape[2] > 1:
+            far_norm = find_norm(far_norm, far.numerator)
         far_field = _virtual_token(far, far_logit, far_norm)
         far_weights = far.weights
         if explicit and far.denominator is not None:
