@@ -5,11 +5,12 @@ PyTorch's, unless another is chosen, because the others have not run on a GPU ye
     with kernel_backend("auto"):
         model(**inputs)
 
-or the environment variable KERMIT_BACKEND, which also reaches model code that was loaded from the Hub. With "auto" tensors
-on a CPU stay PyTorch's; on a GPU, outside of `torch.compile`, "triton" takes what it has a kernel for, then "fla" where it is
-installed, and PyTorch the rest. A backend that is named leaves to PyTorch what it has no kernel for, too, but raises
+or the environment variable KERMIT_BACKEND, which also reaches model code that was loaded from the Hub. With "auto", outside
+of `torch.compile`, "cpp" takes what it has a kernel for on a CPU where it can be compiled; on a GPU "triton", then "fla" where
+it is installed; and PyTorch the rest. A backend that is named leaves to PyTorch what it has no kernel for, too, but raises
 `ValueError` where it cannot run at all.
 
+    cpp      far field: the delta rule with any feature map, and its norm; in float32
     triton   far field: the additive rule with the feature map "taylor", up to 64 coordinates; near field, merged with any far
              field; heads up to 256 in bfloat16, 128 in other dtypes
     fla      far field: both rules with any feature map (delta: up to 256 features), in bfloat16
@@ -47,7 +48,7 @@ class Kernel(NamedTuple):
 
 
 def kernel_backend(name: str) -> AbstractContextManager[None]:
-    """Chooses "torch", "triton" or "fla" inside the `with`, for all threads; "auto" leaves the choice to the tensors.
+    """Chooses "torch", "cpp", "triton" or "fla" inside the `with`, for all threads; "auto" leaves the choice to the tensors.
 
     Raises `ValueError` if the name is unknown or a package is not installed.
     """
@@ -105,6 +106,11 @@ def find_norm(norm: Callable, states: torch.Tensor) -> Callable[[torch.Tensor], 
 
         return partial(rms_norm_fused, weight=norm.weight, eps=norm.variance_epsilon)
     return norm
+
+
+def is_fused(update_rule: str, query: torch.Tensor) -> bool:
+    """Whether the far field of these queries, (batch, heads, seq, head_dim), is one pass over memory however long it is."""
+    return update_rule == "delta" and _takes_cpp(query) and CHOICE.serves("cpp", query)
 
 
 def _is_hooked(module: torch.nn.Module) -> bool:

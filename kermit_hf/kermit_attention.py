@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .backends import find_kernel, find_norm, find_window
+from .backends import find_kernel, find_norm, find_window, is_fused
 from .kernel_attention import (
     KernelMemory,
     KernelReadout,
@@ -135,7 +135,8 @@ def kermit_attention(
         dropout=dropout,
     )
     segment = _segment_size(query, window_size)
-    if explicit or not is_causal or slots.num_absorbed is not None or query.shape[2] <= segment:
+    whole = query.shape[2] <= segment or is_fused(update_rule, query)
+    if explicit or not is_causal or slots.num_absorbed is not None or whole:
         return attend(query, slots, rotary, far_logit)
     return _in_segments(attend, query, slots, rotary, far_logit, window_size, segment)
 
@@ -468,10 +469,11 @@ def _far_both_ways(
 
 def _far_tokens(slots: Slots, start: int, end: int, map_keys: Callable, takes_mask: bool) -> dict[str, torch.Tensor]:
     """Slots start ... end as arguments of a rule; padding and sinks become tokens that leave the memory as it is."""
-    # `split`, because its gradient writes what it fills with zeros once, and that of a slice twice.
-    sizes = [start, end - start, slots.keys.shape[2] - end]
     tokens = {"key": slots.keys, "value": slots.values, **slots.gates}
-    tokens = {name: tensor.split(sizes, 2)[1] for name, tensor in tokens.items()}
+    if end - start < slots.keys.shape[2]:
+        # `split`, because its gradient writes what it fills with zeros once, and that of a slice twice.
+        sizes = [start, end - start, slots.keys.shape[2] - end]
+        tokens = {name: tensor.split(sizes, 2)[1] for name, tensor in tokens.items()}
     key = tokens["key"] = map_keys(tokens["key"])
     first = slots.first_real + slots.sink_keys.shape[2]
     if isinstance(first, int) and first <= start:

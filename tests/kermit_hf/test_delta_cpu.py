@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from kermit_hf import FEATURE_MAPS, KermitForTokenClassification, backends, delta_cpu, kernel_backend
 from kermit_hf.cpu_kernels import cpu_misfit
@@ -143,6 +144,38 @@ def test_threads_change_nothing():
         results.append([*outputs, *gradients(inputs, outputs).values()])
     torch.set_num_threads(1)
     assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
+
+
+# The norm.
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 5, 6), (1, 2, 5000, 16), (2, 1, 33, 100)])
+def test_the_norm_is_that_of_llama(shape):
+    """Outputs and gradients in float64, of states of many sizes."""
+    states = (torch.randn(shape) * 10 ** torch.randn(*shape[:-1], 1)).double().requires_grad_()
+    norm = LlamaRMSNorm(shape[-1], eps=1e-3)
+    weight = torch.randn(shape[-1], dtype=torch.float64, requires_grad=True)
+    single = [tensor.detach().float().requires_grad_() for tensor in (states, weight)]
+    expected = weight * states / (states.square().mean(-1, keepdim=True) + norm.variance_epsilon).sqrt()
+    actual = delta_cpu.rms_norm_fused(*single, norm.variance_epsilon)
+    assert_close(actual, expected, TOLERANCE)
+    grad = torch.randn(shape).transpose(1, 2).contiguous().transpose(1, 2)
+    theirs = torch.autograd.grad(expected, [states, weight], grad.double())
+    for name, ours, correct in zip(
+        ("states", "weight"), torch.autograd.grad(actual, single, grad), theirs, strict=True
+    ):
+        assert_close(ours, correct, TOLERANCE, name)
+
+
+def test_only_a_plain_norm_is_replaced():
+    states, norm = torch.randn(1, 2, 5, 8), LlamaRMSNorm(8)
+    with kernel_backend("cpp"):
+        assert backends.find_norm(norm, states) is not norm
+        other = torch.nn.RMSNorm(8)
+        assert backends.find_norm(other, states) is other
+        assert backends.find_norm(norm, states.double()) is norm
+        norm.register_forward_hook(lambda *_: None)
+        assert backends.find_norm(norm, states) is norm
 
 
 # In models.
