@@ -234,8 +234,9 @@ struct Gates {
   alignas(64) float between[CHUNK * CHUNK];
 };
 
+// What is no number stays so by the product, which `exponential` alone would hide.
 inline Vector exp_decay(Vector log_decay) {
-  return log_decay < MIN_LOG_DECAY ? Vector{} : exponential(log_decay);
+  return log_decay < MIN_LOG_DECAY ? Vector{} : exponential(log_decay) + 0.0f * log_decay;
 }
 
 // The sum of log gates in two parts, as `cumulative_log_decay` takes it.
@@ -417,8 +418,8 @@ void check(const at::Tensor& query, const at::Tensor& key, const at::Tensor& val
   TORCH_CHECK(key.size(1) > 0 && query.size(1) % key.size(1) == 0, "heads must be a multiple of kv_heads");
 }
 
-// Numerator and last memory; where `keeps`, also what `delta_backward` wants: the memory before and after each chunk, (batch,
-// kv_heads, chunks + 1, feature_dim, head_dim), and the corrections, (batch, kv_heads, seq, head_dim).
+// Numerator and last memory; where `keeps`, also what `delta_backward` wants: the memory before each chunk, (batch, kv_heads,
+// chunks, feature_dim, head_dim), and the corrections, (batch, kv_heads, seq, head_dim).
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> delta_forward(
     const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const at::Tensor& strength,
     const std::optional<at::Tensor>& log_forget, const std::optional<at::Tensor>& first, bool maps, bool keeps) {
@@ -427,7 +428,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> delta_forward(
   const int64_t features = sizes.features, head_dim = sizes.head_dim, memory_size = features * head_dim;
   at::Tensor numerator = empty({sizes.batch, sizes.heads, sizes.length, head_dim}, value);
   at::Tensor last = empty({sizes.batch, sizes.kv_heads, features, head_dim}, value);
-  at::Tensor memories = empty({sizes.batch, sizes.kv_heads, keeps ? sizes.chunks() + 1 : 0, features, head_dim}, value);
+  at::Tensor memories = empty({sizes.batch, sizes.kv_heads, keeps ? sizes.chunks() : 0, features, head_dim}, value);
   at::Tensor written = empty({sizes.batch, sizes.kv_heads, keeps ? sizes.length : 0, head_dim}, value);
 
   const Inputs inputs{Tokens(query), Tokens(key), Tokens(value), Tokens(strength),
@@ -448,7 +449,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> delta_forward(
       for (int64_t index = 0; index < sizes.chunks(); index++) {
         const Chunk chunk(index, 1, sizes.length);
         if (keeps)
-          unpack(features, head_dim, dim, buffers.memory, kept + (memory * (sizes.chunks() + 1) + index) * memory_size,
+          unpack(features, head_dim, dim, buffers.memory, kept + (memory * sizes.chunks() + index) * memory_size,
                  head_dim);
         write_chunk(sizes, inputs, chunk, batch, head, buffers);
         if (keeps)
@@ -461,9 +462,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> delta_forward(
         carry(sizes, chunk, buffers);
       }
       unpack(features, head_dim, dim, buffers.memory, final + memory * memory_size, head_dim);
-      if (keeps)
-        unpack(features, head_dim, dim, buffers.memory,
-               kept + (memory * (sizes.chunks() + 1) + sizes.chunks()) * memory_size, head_dim);
     }
   });
   return {numerator, last, memories, written};
@@ -484,13 +482,13 @@ struct BackwardBuffers {
       : keys(CHUNK * features), keys_transposed(features * CHUNK), queries(CHUNK * features),
         written_transposed(dim * CHUNK), memory(features * dim), memory_transposed(dim * features),
         gradient_transposed(dim * features), grad_numerator(CHUNK * dim), grad_memory(features * dim),
-        grad_written(CHUNK * dim), grad_query(features * std::max(CHUNK, dim)), grad_key(CHUNK * features),
+        grad_written(CHUNK * dim), grad_query(CHUNK * features), grad_key(CHUNK * features),
         scaled(CHUNK * std::max(features, dim)), weights(CHUNK * CHUNK), grad_scores(CHUNK * CHUNK),
         system(CHUNK * CHUNK) {}
 };
 
 struct Saved {
-  const float *before, *after;  // the memory before and after a chunk, (features, head_dim)
+  const float* before;  // the memory before a chunk, (features, head_dim)
   Tokens written;
 };
 
@@ -499,7 +497,8 @@ struct Gradients {
   Tokens query, key, value, strength, log_forget;
 };
 
-// Loads a chunk; starts the gradients of its corrections and keys with what later chunks read.
+// Loads a chunk, `buffers.memory` being still the memory after it; starts the gradients of its corrections and keys with what
+// later chunks read.
 void start_chunk(const Sizes& sizes, const Inputs& inputs, const Saved& saved, const Chunk& chunk, int64_t batch,
                  int64_t head, BackwardBuffers& buffers) {
   const int64_t rows = chunk.rows, features = sizes.wide_features(), dim = sizes.wide_dim();
@@ -509,6 +508,14 @@ void start_chunk(const Sizes& sizes, const Inputs& inputs, const Saved& saved, c
   transpose(rows, features, buffers.keys, features, buffers.keys_transposed, CHUNK);
   load_rows(saved.written, chunk, batch, head, sizes.head_dim, buffers.scaled);
   transpose(rows, dim, buffers.scaled, dim, buffers.written_transposed, CHUNK);
+
+  // The last token's sum counts in all that is left after the chunk.
+  std::fill(buffers.grad_sums, buffers.grad_sums + CHUNK, 0.0f);
+  float products[LANES];
+  for (int64_t i = 0; i < features; i += LANES) {
+    row_products(LANES, dim, buffers.memory + i * dim, buffers.grad_memory + i * dim, products);
+    buffers.grad_sums[rows - 1] += sum_of(load(products));
+  }
   pack_wide(sizes.features, features, sizes.head_dim, dim, saved.before, sizes.head_dim, buffers.memory);
   transpose(features, dim, buffers.memory, dim, buffers.memory_transposed, features);
   transpose(features, dim, buffers.grad_memory, dim, buffers.gradient_transposed, features);
@@ -517,15 +524,6 @@ void start_chunk(const Sizes& sizes, const Inputs& inputs, const Saved& saved, c
   scale_rows(rows, features, gates.out, 1.0f, buffers.grad_key, buffers.grad_key);
   product(rows, features, dim, buffers.keys, features, 1, buffers.grad_memory, dim, buffers.grad_written, dim);
   scale_rows(rows, dim, gates.out, 1.0f, buffers.grad_written, buffers.grad_written);
-  std::fill(buffers.grad_sums, buffers.grad_sums + CHUNK, 0.0f);
-
-  // The last token's sum counts in all that is left after the chunk.
-  pack_wide(sizes.features, features, sizes.head_dim, dim, saved.after, sizes.head_dim, buffers.grad_query);
-  float products[LANES];
-  for (int64_t i = 0; i < features; i += LANES) {
-    row_products(LANES, dim, buffers.grad_query + i * dim, buffers.grad_memory + i * dim, products);
-    buffers.grad_sums[rows - 1] += sum_of(load(products));
-  }
   for (int64_t i = 0; i < features * dim; i += LANES)
     store(buffers.grad_memory + i, gates.all * load(buffers.grad_memory + i));
 }
@@ -621,15 +619,15 @@ void store_gate_gradients(const Inputs& inputs, const Gradients& gradients, cons
 // Gradients of query, key, value, write strength, log_forget (empty without it) and the first memory.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> delta_backward(
     const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const at::Tensor& strength,
-    const std::optional<at::Tensor>& log_forget, const at::Tensor& memories, const at::Tensor& written,
-    const at::Tensor& grad_numerator, const at::Tensor& grad_matrix, bool maps) {
+    const std::optional<at::Tensor>& log_forget, const at::Tensor& last, const at::Tensor& memories,
+    const at::Tensor& written, const at::Tensor& grad_numerator, const at::Tensor& grad_last, bool maps) {
   check(query, key, value);
-  TORCH_CHECK(memories.is_contiguous() && grad_matrix.is_contiguous(), "memories must be contiguous");
+  TORCH_CHECK(last.is_contiguous() && memories.is_contiguous() && grad_last.is_contiguous(), "memories must be contiguous");
   const Sizes sizes(query, value);
   const int64_t features = sizes.features, head_dim = sizes.head_dim, memory_size = features * head_dim;
   at::Tensor grad_query = in_huge_pages(at::empty_like(query)), grad_key = in_huge_pages(at::empty_like(key));
   at::Tensor grad_value = in_huge_pages(at::empty_like(value));
-  at::Tensor grad_strength = at::empty_like(strength), grad_first = at::empty_like(grad_matrix);
+  at::Tensor grad_strength = at::empty_like(strength), grad_first = at::empty_like(grad_last);
   at::Tensor grad_forget = log_forget.has_value() ? at::empty_like(*log_forget) : at::empty({0}, value.options());
 
   const at::Tensor forget = log_forget.value_or(at::Tensor());
@@ -637,7 +635,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
   const Gradients gradients{Tokens(grad_numerator), Tokens(grad_query), Tokens(grad_key), Tokens(grad_value),
                             Tokens(grad_strength), Tokens(forget.defined() ? grad_forget : forget)};
   const Tokens corrections(written);
-  const float *kept = memories.data_ptr<float>(), *last = grad_matrix.data_ptr<float>();
+  const float *kept = memories.data_ptr<float>(), *after = last.data_ptr<float>();
+  const float* grad_after = grad_last.data_ptr<float>();
   float* first = grad_first.data_ptr<float>();
 
   at::parallel_for(0, sizes.batch * sizes.kv_heads, 1, [&](int64_t begin, int64_t end) {
@@ -645,11 +644,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
     BackwardBuffers buffers(wide_features, dim);
     for (int64_t memory = begin; memory < end; memory++) {
       const int64_t batch = memory / sizes.kv_heads, head = memory % sizes.kv_heads;
-      pack_wide(features, wide_features, head_dim, dim, last + memory * memory_size, head_dim, buffers.grad_memory);
+      pack_wide(features, wide_features, head_dim, dim, after + memory * memory_size, head_dim, buffers.memory);
+      pack_wide(features, wide_features, head_dim, dim, grad_after + memory * memory_size, head_dim, buffers.grad_memory);
       for (int64_t index = sizes.chunks() - 1; index >= 0; index--) {
         const Chunk chunk(index, -1, sizes.length);
-        const float* before = kept + (memory * (sizes.chunks() + 1) + index) * memory_size;
-        const Saved saved{before, before + memory_size, corrections};
+        const Saved saved{kept + (memory * sizes.chunks() + index) * memory_size, corrections};
         start_chunk(sizes, inputs, saved, chunk, batch, head, buffers);
         for (int64_t group = 0; group < sizes.groups(); group++)
           read_backward(sizes, inputs, gradients, chunk, batch, head * sizes.groups() + group, buffers);
@@ -755,9 +754,9 @@ TORCH_LIBRARY_FRAGMENT(kermit_hf, m) {
       "delta_forward(Tensor query, Tensor key, Tensor value, Tensor write_strength, Tensor? log_forget, Tensor? matrix, "
       "bool maps, bool keeps) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "delta_backward(Tensor query, Tensor key, Tensor value, Tensor write_strength, Tensor? log_forget, Tensor memories, "
-      "Tensor written, Tensor grad_numerator, Tensor grad_matrix, bool maps) -> (Tensor, Tensor, Tensor, Tensor, Tensor, "
-      "Tensor)");
+      "delta_backward(Tensor query, Tensor key, Tensor value, Tensor write_strength, Tensor? log_forget, Tensor last, "
+      "Tensor memories, Tensor written, Tensor grad_numerator, Tensor grad_last, bool maps) -> (Tensor, Tensor, Tensor, "
+      "Tensor, Tensor, Tensor)");
   m.def("rms_norm_forward(Tensor states, Tensor weight, float eps) -> Tensor");
   m.def("rms_norm_backward(Tensor states, Tensor weight, Tensor grad, float eps) -> (Tensor, Tensor)");
 }

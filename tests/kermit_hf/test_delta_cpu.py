@@ -127,6 +127,15 @@ def test_gates_of_every_size():
     assert_follows_the_reference(Inputs(tensors, "delta").to(torch.float64))
 
 
+@pytest.mark.parametrize("name", ["query", "key", "value", "write_strength", "log_forget"])
+def test_what_is_no_number_shows(name):
+    inputs = make_inputs("delta", True, 40, batch=1, heads=1, kv_heads=1).to(torch.float32)
+    inputs.tensors[name].data[:, :, 20] = float("nan")
+    with torch.no_grad():
+        numerator = run(inputs)[0]
+    assert numerator[:, :, 20].isnan().all()
+
+
 def test_a_token_of_padding_leaves_the_memory_exactly_as_it_was():
     inputs = make_inputs("delta", True, 70).to(torch.float32)
     with torch.no_grad():
