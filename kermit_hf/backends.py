@@ -95,7 +95,8 @@ def find_kernel(
 
 
 def find_norm(norm: Callable, states: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The norm of what the delta rule reads, or one in its place for these states; never for a norm with hooks.
+    """The norm of what the delta rule reads, or one in its place for these states, which may overwrite them; never for a norm
+    with hooks.
 
     Raises `ValueError` if the chosen backend cannot run on their device.
     """

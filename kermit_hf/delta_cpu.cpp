@@ -679,10 +679,12 @@ void check_norm(const at::Tensor& states, const at::Tensor& weight) {
               "the weight must be float32, one number for each of a state");
 }
 
-at::Tensor rms_norm_forward(const at::Tensor& states, const at::Tensor& weight, double eps) {
+// Into `result`, which may be `states`.
+void rms_norm_forward(const at::Tensor& states, const at::Tensor& weight, double eps, at::Tensor result) {
   check_norm(states, weight);
+  check_norm(result, weight);
   const int64_t width = states.size(-1), wide = round_up(width), rows = states.numel() / width;
-  at::Tensor result = in_huge_pages(at::empty_like(states));
+  if (!result.is_same(states)) in_huge_pages(result);
   const float *from = states.data_ptr<float>(), *weights = weight.data_ptr<float>();
   float* to = result.data_ptr<float>();
   at::parallel_for(0, (rows + NORM_ROWS - 1) / NORM_ROWS, 1, [&](int64_t begin, int64_t end) {
@@ -699,7 +701,6 @@ at::Tensor rms_norm_forward(const at::Tensor& states, const at::Tensor& weight, 
       unpack(count, width, wide, x, to + row * width, width);
     }
   });
-  return result;
 }
 
 // Gradients of states and weight: with n = x factor and g = weight grad, factor (g - n mean(g n)) and the sum of grad n.
@@ -757,7 +758,7 @@ TORCH_LIBRARY_FRAGMENT(kermit_hf, m) {
       "delta_backward(Tensor query, Tensor key, Tensor value, Tensor write_strength, Tensor? log_forget, Tensor last, "
       "Tensor memories, Tensor written, Tensor grad_numerator, Tensor grad_last, bool maps) -> (Tensor, Tensor, Tensor, "
       "Tensor, Tensor, Tensor)");
-  m.def("rms_norm_forward(Tensor states, Tensor weight, float eps) -> Tensor");
+  m.def("rms_norm_forward(Tensor states, Tensor weight, float eps, Tensor(a!) result) -> ()");
   m.def("rms_norm_backward(Tensor states, Tensor weight, Tensor grad, float eps) -> (Tensor, Tensor)");
 }
 

@@ -69,9 +69,13 @@ class _DeltaFused(torch.autograd.Function):
 
 
 def rms_norm_fused(states: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """weight x / sqrt(mean(x^2) + eps) over the last axis (Zhang and Sennrich 2019, arXiv 1910.07467). First derivatives
-    only."""
-    return _RmsNormFused.apply(states.contiguous(), weight.contiguous(), eps)
+    """weight x / sqrt(mean(x^2) + eps) over the last axis (Zhang and Sennrich 2019, arXiv 1910.07467). Without a gradient the
+    states are overwritten by it. First derivatives only."""
+    states, weight = states.contiguous(), weight.contiguous()
+    if torch.is_grad_enabled() and (states.requires_grad or weight.requires_grad):
+        return _RmsNormFused.apply(states, weight, eps)
+    load_cpu_kernels("kermit_hf").rms_norm_forward(states, weight, eps, states)
+    return states
 
 
 class _RmsNormFused(torch.autograd.Function):
@@ -79,7 +83,9 @@ class _RmsNormFused(torch.autograd.Function):
     def forward(ctx, states, weight, eps):
         ctx.save_for_backward(states, weight)
         ctx.eps = eps
-        return load_cpu_kernels("kermit_hf").rms_norm_forward(states, weight, eps)
+        result = torch.empty_like(states)
+        load_cpu_kernels("kermit_hf").rms_norm_forward(states, weight, eps, result)
+        return result
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -168,6 +168,8 @@ def test_the_norm_is_that_of_llama(shape):
     expected = weight * states / (states.square().mean(-1, keepdim=True) + norm.variance_epsilon).sqrt()
     actual = delta_cpu.rms_norm_fused(*single, norm.variance_epsilon)
     assert_close(actual, expected, TOLERANCE)
+    with torch.no_grad():
+        assert torch.equal(delta_cpu.rms_norm_fused(single[0].clone(), single[1], norm.variance_epsilon), actual)
     grad = torch.randn(shape).transpose(1, 2).contiguous().transpose(1, 2)
     theirs = torch.autograd.grad(expected, [states, weight], grad.double())
     for name, ours, correct in zip(
