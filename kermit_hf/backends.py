@@ -1,15 +1,18 @@
-"""On whose kernels the attention of whole texts runs: PyTorch's, our own in Triton, or flash-linear-attention's.
+"""On whose kernels the attention of whole texts runs: PyTorch's, our own in C++ for CPUs and in Triton for GPUs, or
+flash-linear-attention's.
 
-PyTorch's, unless another is chosen, because the others have not run on a GPU yet, only through Triton's interpreter:
+PyTorch's, unless another is chosen, because those in C++ have to be compiled, and the others have not run on a GPU yet, only
+through Triton's interpreter:
 
     with kernel_backend("auto"):
         model(**inputs)
 
-or the environment variable KERMIT_BACKEND, which also reaches model code that was loaded from the Hub. With "auto" tensors
-on a CPU stay PyTorch's; on a GPU, outside of `torch.compile`, "triton" takes what it has a kernel for, then "fla" where it is
-installed, and PyTorch the rest. A backend that is named leaves to PyTorch what it has no kernel for, too, but raises
+or the environment variable KERMIT_BACKEND, which also reaches model code that was loaded from the Hub. With "auto", outside
+of `torch.compile`, "cpp" takes what it has a kernel for on a CPU where it can be compiled; on a GPU "triton", then "fla" where
+it is installed; and PyTorch the rest. A backend that is named leaves to PyTorch what it has no kernel for, too, but raises
 `ValueError` where it cannot run at all.
 
+    cpp      far field: the delta rule with any feature map, and its norm; in float32
     triton   far field: the additive rule with the feature map "taylor", up to 64 coordinates; near field, merged with any far
              field; heads up to 256 in bfloat16, 128 in other dtypes
     fla      far field: both rules with any feature map (delta: up to 256 features), in bfloat16
@@ -25,8 +28,10 @@ from typing import NamedTuple
 
 import torch
 from packaging.version import Version
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from .feature_maps import EluFeatureMap, FavorFeatureMap, FeatureMap, TaylorFeatureMap
+from .cpu_kernels import takes_cpu_tensors
+from .feature_maps import EluFeatureMap, FavorFeatureMap, FeatureMap, SiluL2FeatureMap, TaylorFeatureMap
 from .kernel_attention import KernelReadout
 from .kernel_choice import KernelChoice, device_misfit, fits_kernels
 from .window_attention import WindowOutput, window_blocked
@@ -38,17 +43,18 @@ MAX_COORDINATES, MAX_SINKS = 64, 128
 class Kernel(NamedTuple):
     """A chunked form in place of PyTorch's, and what prepares queries and keys for it. takes_mask: tokens that do not enter
     the memory are named by `key_mask`, not by features of zero. divides: with `divides=True` its numerators come divided by
-    their denominators, those below 1e-30 taken as that."""
+    their denominators, those below 1e-30 taken as that. whole_texts: it is best given a text as a whole, however long."""
 
     chunked: Callable[..., KernelReadout]
     map_queries: Callable
     map_keys: Callable
     takes_mask: bool = False
     divides: bool = False
+    whole_texts: bool = False
 
 
 def kernel_backend(name: str) -> AbstractContextManager[None]:
-    """Chooses "torch", "triton" or "fla" inside the `with`, for all threads; "auto" leaves the choice to the tensors.
+    """Chooses "torch", "cpp", "triton" or "fla" inside the `with`, for all threads; "auto" leaves the choice to the tensors.
 
     Raises `ValueError` if the name is unknown or a package is not installed.
     """
@@ -85,18 +91,32 @@ def find_kernel(
 
         forms = {"additive": fla_additive_chunked, "delta": fla_delta_chunked}
         return Kernel(forms[update_rule], map_queries, map_keys)
-    if update_rule == "additive" and _takes_cpp(query, value) and CHOICE.serves("cpp", query):
-        from .additive_cpu import additive_elu_fused, additive_fused
-
-        if type(feature_map) is EluFeatureMap and not feature_map.unit_norm:
-            return Kernel(additive_elu_fused, _unmapped_queries, _unmapped_keys, takes_mask=True, divides=True)
-        if type(feature_map) is FavorFeatureMap and not feature_map.unit_norm:
-            from .favor_cpu import favor_keys, favor_queries
-
-            directions = feature_map.directions
-            map_queries, map_keys = (partial(form, directions=directions) for form in (favor_queries, favor_keys))
-        return Kernel(additive_fused, map_queries, map_keys, divides=True)
+    if CHOICE.serves("cpp", query) and takes_cpu_tensors(query, value):
+        find = {"additive": _additive_in_cpp, "delta": _delta_in_cpp}[update_rule]
+        return find(feature_map, map_queries, map_keys)
     return None
+
+
+def _additive_in_cpp(feature_map: FeatureMap | None, map_queries: Callable, map_keys: Callable) -> Kernel:
+    from .additive_cpu import additive_elu_fused, additive_fused
+
+    if type(feature_map) is EluFeatureMap and not feature_map.unit_norm:
+        unmapped = _unmapped_queries, _unmapped_keys
+        return Kernel(additive_elu_fused, *unmapped, takes_mask=True, divides=True, whole_texts=True)
+    if type(feature_map) is FavorFeatureMap and not feature_map.unit_norm:
+        from .favor_cpu import favor_keys, favor_queries
+
+        directions = feature_map.directions
+        map_queries, map_keys = (partial(form, directions=directions) for form in (favor_queries, favor_keys))
+    return Kernel(additive_fused, map_queries, map_keys, divides=True)
+
+
+def _delta_in_cpp(feature_map: FeatureMap | None, map_queries: Callable, map_keys: Callable) -> Kernel:
+    from .delta_cpu import delta_fused, delta_silu_fused
+
+    if type(feature_map) is SiluL2FeatureMap and feature_map.unit_norm:
+        return Kernel(delta_silu_fused, _unmapped_queries, _unmapped_keys, whole_texts=True)
+    return Kernel(delta_fused, map_queries, map_keys, whole_texts=True)
 
 
 def _unmapped_queries(query: torch.Tensor) -> tuple[torch.Tensor, None]:
@@ -107,14 +127,24 @@ def _unmapped_keys(key: torch.Tensor) -> torch.Tensor:
     return key
 
 
-def _takes_cpp(*states: torch.Tensor) -> bool:
-    """Whether our kernels in C++ take these states: in float32, and neither traced nor transformed."""
-    return (
-        not torch.compiler.is_compiling()
-        and all(tensor.dtype == torch.float32 for tensor in states)
-        and not torch.jit.is_tracing()
-        and not torch._C._are_functorch_transforms_active()
-    )
+def find_norm(norm: Callable, states: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The norm of what the delta rule reads, or one in its place for these states, which may overwrite them; never for a norm
+    with hooks.
+
+    Raises `ValueError` if the chosen backend cannot run on their device.
+    """
+    if not takes_cpu_tensors(states) or type(norm) is not LlamaRMSNorm or _is_hooked(norm):
+        return norm
+    if norm.weight.dtype == torch.float32 and CHOICE.serves("cpp", states):
+        from .delta_cpu import rms_norm_fused
+
+        return partial(rms_norm_fused, weight=norm.weight, eps=norm.variance_epsilon)
+    return norm
+
+
+def _is_hooked(module: torch.nn.Module) -> bool:
+    hooks = module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks
+    return any(hooks) or "forward" in vars(module)
 
 
 def _has_triton_kernel(

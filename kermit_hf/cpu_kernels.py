@@ -46,11 +46,12 @@ def cpu_misfit(device: torch.device) -> str | None:
 
 
 def takes_cpu_tensors(*tensors: torch.Tensor) -> bool:
-    """Whether the kernels take these: float32, with real memory behind them, and not under a functorch transform."""
+    """Whether the kernels take these: float32, with real memory behind them, and neither traced nor transformed."""
     plain = all(type(tensor) in (torch.Tensor, torch.nn.Parameter) for tensor in tensors)
     return (
         plain
         and all(tensor.dtype == torch.float32 for tensor in tensors)
+        and not torch.jit.is_tracing()
         and not torch._C._are_functorch_transforms_active()
     )
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .backends import find_kernel, find_window
+from .backends import find_kernel, find_norm, find_window
 from .kernel_attention import (
     KernelMemory,
     KernelReadout,
@@ -136,11 +136,8 @@ def kermit_attention(
         scaling=scaling,
         dropout=dropout,
     )
-    segment = _segment_size(query, window_size)
-    if window_size == 0 and segment < query.shape[2]:
-        # A kernel that maps queries and keys itself makes nothing of the text's length but its output.
-        kernel = find_kernel(update_rule, map_queries, map_keys, query, slots.values)
-        segment = query.shape[2] if kernel is not None and kernel.takes_mask else segment
+    kernel = None if explicit else find_kernel(update_rule, map_queries, map_keys, query, slots.values)
+    segment = query.shape[2] if kernel is not None and kernel.whole_texts else _segment_size(query, window_size)
     if explicit or not is_causal or slots.num_absorbed is not None or query.shape[2] <= segment:
         return attend(query, slots, rotary, far_logit)
     return _in_segments(attend, query, slots, rotary, far_logit, window_size, segment)
@@ -215,6 +212,8 @@ def _attend(
     far, memory = _far_field(query, slots, window_size, update_rule, map_queries, map_keys, is_causal, explicit)
     far_field, far_weights = None, None
     if far is not None:
+        if far_norm is not None and not explicit and query.shape[2] > 1:
+            far_norm = find_norm(far_norm, far.numerator)
         far_field = _virtual_token(far, far_logit, far_norm)
         far_weights = far.weights
         if explicit and far.denominator is not None:
@@ -475,10 +474,11 @@ def _far_both_ways(
 
 def _far_tokens(slots: Slots, start: int, end: int, map_keys: Callable, takes_mask: bool) -> dict[str, torch.Tensor]:
     """Slots start ... end as arguments of a rule; padding and sinks become tokens that leave the memory as it is."""
-    # `split`, because its gradient writes what it fills with zeros once, and that of a slice twice.
-    sizes = [start, end - start, slots.keys.shape[2] - end]
     tokens = {"key": slots.keys, "value": slots.values, **slots.gates}
-    tokens = {name: tensor.split(sizes, 2)[1] for name, tensor in tokens.items()}
+    if end - start < slots.keys.shape[2]:
+        # `split`, because its gradient writes what it fills with zeros once, and that of a slice twice.
+        sizes = [start, end - start, slots.keys.shape[2] - end]
+        tokens = {name: tensor.split(sizes, 2)[1] for name, tensor in tokens.items()}
     key = tokens["key"] = map_keys(tokens["key"])
     first = slots.first_real + slots.sink_keys.shape[2]
     if isinstance(first, int) and first <= start:

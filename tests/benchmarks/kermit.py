@@ -6,6 +6,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from kermit_hf import FEATURE_MAPS, KermitConfig, KermitForCausalLM
 from kermit_hf.kermit_attention import Slots, kermit_attention
@@ -26,6 +27,7 @@ def attention(update_rule: str, feature_map: str, window_size: int) -> Callable[
     features = FEATURE_MAPS[feature_map](HEAD_DIM, None, HEADS, HEADS)
     features.init_weights()
     features.unit_norm = update_rule == "delta"
+    norm = LlamaRMSNorm(HEAD_DIM).requires_grad_(False)
     sinks = SINKS if window_size else 0
 
     def attend(query, key, value, **gates):
@@ -42,7 +44,7 @@ def attention(update_rule: str, feature_map: str, window_size: int) -> Callable[
             features.map_queries,
             features.map_keys,
             query.new_zeros(query.shape[:3]),
-            lambda states: F.rms_norm(states, (HEAD_DIM,)),
+            norm,
             scaling=HEAD_DIM**-0.5,
         ).output
 

@@ -40,6 +40,7 @@ class TestKermitOnTheHub(GenerativeHubRoundTrip):
         "cache_kermit.py",
         "checkpoints.py",
         "cpu_kernels.py",
+        "delta_cpu.py",
         "favor_cpu.py",
         "feature_maps.py",
         "fla_kernels.py",

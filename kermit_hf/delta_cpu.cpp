@@ -1,0 +1,770 @@
+// The delta rule in chunks, forward and backward: `_DeltaChunks` of kernel_attention.py, with everything about a chunk of one
+// head in a core's caches. Notation as there; states are float32, (batch, heads, seq, dim).
+//
+// The corrections u of a chunk solve (I + A) u = b (v - decay_in k^T S), A[i, j] = b_i (k_i . k_j) decay[i, j] for j < i. One
+// head goes from chunk to chunk anyway, so the system is solved for these values alone, not for all memories S at once.
+//
+// Triangular matrices, rows CHUNK apart, hold blocks on and below the diagonal only; what is above them is never read.
+
+#include <sys/mman.h>
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <torch/library.h>
+
+#include <cmath>
+#include <optional>
+#include <tuple>
+#include <utility>
+
+#include "vector_tiles.h"
+
+namespace {
+
+using namespace tiles;
+
+// Longer chunks would need more work inside them, shorter ones more memories.
+constexpr int64_t CHUNK = 32, BLOCK = 16;
+// Decays below exp(MIN_LOG_DECAY) are dropped, as in kernel_attention.py.
+constexpr float MIN_LOG_DECAY = -40.0f;
+constexpr float MIN_NORM = 1e-12f;
+
+// A tensor (batch, heads, seq) or (batch, heads, seq, dim), the last axis of the latter contiguous; absent if not defined.
+struct Tokens {
+  float* data = nullptr;
+  int64_t batch = 0, head = 0, token = 0;
+
+  explicit Tokens(const at::Tensor& tensor) {
+    if (!tensor.defined()) return;
+    data = tensor.data_ptr<float>();
+    batch = tensor.stride(0), head = tensor.stride(1), token = tensor.stride(2);
+  }
+  float* at(int64_t in_batch, int64_t in_head, int64_t in_seq) const {
+    return data + in_batch * batch + in_head * head + in_seq * token;
+  }
+};
+
+struct Sizes {
+  int64_t batch, heads, kv_heads, length, features, head_dim;
+
+  Sizes(const at::Tensor& query, const at::Tensor& value)
+      : batch(query.size(0)), heads(query.size(1)), kv_heads(value.size(1)), length(query.size(2)), features(query.size(3)),
+        head_dim(value.size(3)) {}
+  int64_t groups() const { return heads / kv_heads; }
+  int64_t chunks() const { return (length + CHUNK - 1) / CHUNK; }
+  int64_t wide_features() const { return round_up(features); }
+  int64_t wide_dim() const { return round_up(head_dim); }
+};
+
+// Which tokens: `count` of them from `start` on, in `rows` rows, those beyond `count` zero. next: where the chunk starts whose
+// turn is next, negative if there is none or not a whole one.
+struct Chunk {
+  int64_t start, count, rows, next;
+
+  Chunk(int64_t index, int64_t step, int64_t length)
+      : start(index * CHUNK), count(std::min(CHUNK, length - start)), rows(round_up(count, BLOCK)),
+        next(start + (step + 1) * CHUNK <= length ? start + step * CHUNK : -1) {}
+};
+
+// Rows.
+
+inline void scale_row(int64_t width, float factor, const float* from, float* to) {
+  for (int64_t j = 0; j < width; j += LANES) store(to + j, factor * load(from + j));
+}
+
+inline void scale_rows(int64_t rows, int64_t width, const float* factors, float sign, const float* from, float* to) {
+  for (int64_t i = 0; i < rows; i++) scale_row(width, sign * factors[i], from + i * width, to + i * width);
+}
+
+// `count` rows of `width` numbers into rows of `wide`, zeros around them.
+void pack_wide(int64_t count, int64_t rows, int64_t width, int64_t wide, const float* from, int64_t stride, float* to) {
+  for (int64_t i = 0; i < count; i++) {
+    std::memcpy(to + i * wide, from + i * stride, width * sizeof(float));
+    for (int64_t j = width; j < wide; j++) to[i * wide + j] = 0.0f;
+  }
+  std::fill(to + count * wide, to + rows * wide, 0.0f);
+}
+
+// Packs the rows of a chunk and fetches those of the next one into the cache: processors do not guess rows that lie apart.
+void load_rows(const Tokens& tokens, const Chunk& chunk, int64_t batch, int64_t head, int64_t width, float* to) {
+  pack_wide(chunk.count, chunk.rows, width, round_up(width), tokens.at(batch, head, chunk.start), tokens.token, to);
+  if (chunk.next < 0) return;
+  for (int64_t i = chunk.next; i < chunk.next + CHUNK; i++)
+    for (int64_t j = 0; j < width; j += 16) __builtin_prefetch(tokens.at(batch, head, i) + j, 0, 2);
+}
+
+void unpack(int64_t count, int64_t width, int64_t wide, const float* from, float* to, int64_t stride) {
+  for (int64_t i = 0; i < count; i++) std::memcpy(to + i * stride, from + i * wide, width * sizeof(float));
+}
+
+template <int64_t step, int... lanes>
+inline void exchange(Vector& a, Vector& b, std::integer_sequence<int, lanes...>) {
+  // Lanes of `b` are numbered after those of `a`.
+  const Vector first = __builtin_shufflevector(a, b, ((lanes & step) ? lanes - step + LANES : lanes)...);
+  b = __builtin_shufflevector(a, b, ((lanes & step) ? lanes + LANES : lanes + step)...);
+  a = first;
+}
+
+template <int64_t step = 1>
+inline void transpose_square(Vector* rows) {
+  if constexpr (step < LANES) {
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < LANES; i++)
+      if (!(i & step)) exchange<step>(rows[i], rows[i + step], std::make_integer_sequence<int, LANES>());
+    transpose_square<2 * step>(rows);
+  }
+}
+
+// (rows, columns), both whole vectors, to (columns, rows).
+void transpose(int64_t rows, int64_t columns, const float* from, int64_t from_row, float* to, int64_t to_row) {
+  for (int64_t i = 0; i < rows; i += LANES)
+    for (int64_t j = 0; j < columns; j += LANES) {
+      Vector square[LANES];
+#pragma GCC unroll 16
+      for (int64_t k = 0; k < LANES; k++) square[k] = load(from + (i + k) * from_row + j);
+      transpose_square(square);
+#pragma GCC unroll 16
+      for (int64_t k = 0; k < LANES; k++) store(to + (j + k) * to_row + i, square[k]);
+    }
+}
+
+// The dot product of each row of `a` with that of `b`; rows are a whole number of vectors.
+void row_products(int64_t rows, int64_t width, const float* a, const float* b, float* products) {
+  for (int64_t start = 0; start < rows; start += LANES) {
+    Vector sums[LANES];
+    for (int64_t i = 0; i < LANES; i++, a += width, b += width) {
+      sums[i] = load(a) * load(b);
+      for (int64_t j = LANES; j < width; j += LANES) sums[i] += load(a + j) * load(b + j);
+    }
+    transpose_square(sums);
+    for (int64_t i = 1; i < LANES; i++) sums[0] += sums[i];
+    store(products + start, sums[0]);
+  }
+}
+
+// Products with triangular matrices.
+
+// BLOCK rows of a product; narrow ones in higher tiles than `product` has.
+inline void product_block(int64_t depth, int64_t width, const float* a, int64_t a_row, int64_t a_column, const float* b,
+                          int64_t b_row, float* c, int64_t c_row) {
+  if constexpr (LANES == 16) {
+    if (width == LANES) return product_tile<16, 1>(depth, a, a_row, a_column, b, b_row, c, c_row, false);
+    if (width == 2 * LANES || width == 3 * LANES) {
+      for (int64_t i = 0; i < BLOCK; i += 8)
+        if (width == 2 * LANES)
+          product_tile<8, 2>(depth, a + i * a_row, a_row, a_column, b, b_row, c + i * c_row, c_row, false);
+        else
+          product_tile<8, 3>(depth, a + i * a_row, a_row, a_column, b, b_row, c + i * c_row, c_row, false);
+      return;
+    }
+  }
+  product(BLOCK, depth, width, a, a_row, a_column, b, b_row, c, c_row);
+}
+
+// The lower blocks of A B, (rows, rows).
+void product_to_lower(int64_t rows, int64_t depth, const float* a, int64_t a_row, int64_t a_column, const float* b,
+                      float* lower) {
+  for (int64_t start = 0; start < rows; start += BLOCK)
+    product_block(depth, start + BLOCK, a + start * a_row, a_row, a_column, b, CHUNK, lower + start * CHUNK, CHUNK);
+}
+
+// C += L B, where `lower` is L, (rows, rows).
+void add_lower_product(int64_t rows, int64_t width, const float* lower, const float* b, float* c) {
+  for (int64_t start = 0; start < rows; start += BLOCK)
+    product(BLOCK, start + BLOCK, width, lower + start * CHUNK, CHUNK, 1, b, width, c + start * width, width, true);
+}
+
+// C += L^T B.
+void add_transposed_product(int64_t rows, int64_t width, const float* lower, const float* b, float* c) {
+  for (int64_t start = 0; start < rows; start += BLOCK)
+    product(BLOCK, rows - start, width, lower + start * CHUNK + start, 1, CHUNK, b + start * width, width,
+            c + start * width, width, true);
+}
+
+// Adds to each row of a block, one after the other, the rows before it times their coefficients.
+template <int64_t vectors>
+inline void substitute_columns(const float* coefficients, int64_t row, int64_t column, float* x, int64_t x_row) {
+  for (int64_t i = 1; i < BLOCK; i++) {
+    Vector sums[vectors];
+#pragma GCC unroll 4
+    for (int64_t v = 0; v < vectors; v++) sums[v] = load(x + i * x_row + v * LANES);
+    for (int64_t j = 0; j < i; j++) {
+      const Vector factor = fill(coefficients[i * row + j * column]);
+#pragma GCC unroll 4
+      for (int64_t v = 0; v < vectors; v++) sums[v] += factor * load(x + j * x_row + v * LANES);
+    }
+#pragma GCC unroll 4
+    for (int64_t v = 0; v < vectors; v++) store(x + i * x_row + v * LANES, sums[v]);
+  }
+}
+
+void substitute_block(int64_t width, const float* coefficients, int64_t row, int64_t column, float* x, int64_t x_row) {
+  for (; width >= 4 * LANES; width -= 4 * LANES, x += 4 * LANES)
+    substitute_columns<4>(coefficients, row, column, x, x_row);
+  for (; width > 0; width -= LANES, x += LANES) substitute_columns<1>(coefficients, row, column, x, x_row);
+}
+
+// Solves (I - L) x = y in place, L strictly lower: its diagonal is not read.
+void solve(int64_t rows, int64_t width, const float* lower, float* x) {
+  for (int64_t start = 0; start < rows; start += BLOCK) {
+    const float* block = lower + start * CHUNK;
+    product(BLOCK, start, width, block, CHUNK, 1, x, width, x + start * width, width, true);
+    substitute_block(width, block + start, CHUNK, 1, x + start * width, width);
+  }
+}
+
+// Solves (I - L)^T x = y in place, from the last row to the first.
+void solve_transposed(int64_t rows, int64_t width, const float* lower, float* x) {
+  for (int64_t start = rows - BLOCK; start >= 0; start -= BLOCK) {
+    const int64_t end = start + BLOCK, last = end - 1;
+    product(BLOCK, rows - end, width, lower + end * CHUNK + start, 1, CHUNK, x + end * width, width, x + start * width,
+            width, true);
+    substitute_block(width, lower + last * CHUNK + last, -1, -CHUNK, x + last * width, -width);
+  }
+}
+
+// Gates.
+
+// Decays inside a chunk: in[i] from its start up to and with i, out[j] after j to its end, all of it; between (lower): from
+// after j up to and with i, zero above the diagonal. strength: b.
+struct Gates {
+  float strength[CHUNK], in[CHUNK], out[CHUNK], all;
+  alignas(64) float between[CHUNK * CHUNK];
+};
+
+// What is no number stays so by the product, which `exponential` alone would hide.
+inline Vector exp_decay(Vector log_decay) {
+  return log_decay < MIN_LOG_DECAY ? Vector{} : exponential(log_decay) + 0.0f * log_decay;
+}
+
+// The sum of log gates in two parts, as `cumulative_log_decay` takes it.
+void read_gates(const Chunk& chunk, const float* strength, int64_t strength_step, const float* log_forget,
+                int64_t forget_step, Gates& gates) {
+  alignas(64) float coarse[CHUNK], fine[CHUNK];
+  float coarse_sum = 0.0f, fine_sum = 0.0f;
+  for (int64_t i = 0; i < chunk.rows; i++) {
+    gates.strength[i] = i < chunk.count ? strength[i * strength_step] : 0.0f;
+    if (log_forget != nullptr && i < chunk.count) {
+      const float gate = std::max(log_forget[i * forget_step], 2.0f * MIN_LOG_DECAY);
+      const float rounded = std::nearbyint(gate * 64.0f) / 64.0f;
+      coarse_sum += rounded, fine_sum += gate - rounded;
+    }
+    coarse[i] = coarse_sum, fine[i] = fine_sum;
+  }
+  for (int64_t i = 0; i < chunk.rows; i += LANES) {
+    store(gates.in + i, exp_decay(load(coarse + i) + load(fine + i)));
+    store(gates.out + i, exp_decay((coarse_sum - load(coarse + i)) + (fine_sum - load(fine + i))));
+  }
+  gates.all = gates.in[chunk.rows - 1];
+  for (int64_t i = 0; i < chunk.rows; i++) {
+    float* row = gates.between + i * CHUNK;
+    const int64_t end = round_up(i + 1, BLOCK);
+    for (int64_t j = 0; j < end; j += LANES)
+      store(row + j, exp_decay((coarse[i] - load(coarse + j)) + (fine[i] - load(fine + j))));
+    std::fill(row + i + 1, row + end, 0.0f);
+  }
+}
+
+// Each row of a lower matrix times the decays of that row, and times factors[i] where there are factors.
+void decay_lower(int64_t rows, const float* between, const float* factors, float sign, float* lower) {
+  for (int64_t i = 0; i < rows; i++) {
+    const float factor = factors == nullptr ? sign : sign * factors[i];
+    for (int64_t j = 0; j < round_up(i + 1, BLOCK); j += LANES) {
+      float* at = lower + i * CHUNK + j;
+      store(at, factor * load(at) * load(between + i * CHUNK + j));
+    }
+  }
+}
+
+// The feature map "silu_l2": y / |y| with y = silu(x).
+
+// 1 / x of numbers from 1 on: a guess from the bits of x, within an eighth, whose error three steps of Newton's method square.
+inline Vector reciprocal(Vector x) {
+  IntVector bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  bits = 0x7EF311C7 - bits;
+  Vector y;
+  std::memcpy(&y, &bits, sizeof y);
+  for (int step = 0; step < 3; step++) y = y * (2.0f - x * y);
+  return y;
+}
+
+inline Vector sigmoid(Vector x) { return reciprocal(1.0f + exponential(0.0f - larger(x, fill(-87.0f)))); }
+
+// Maps rows in place and keeps what divides them; rows are a whole number of vectors.
+void map_rows(int64_t rows, int64_t width, float* states, float* inverse_norms) {
+  for (int64_t i = 0; i < rows * width; i += LANES) store(states + i, load(states + i) * sigmoid(load(states + i)));
+  row_products(rows, width, states, states, inverse_norms);
+  for (int64_t i = 0; i < rows; i++) {
+    inverse_norms[i] = 1.0f / std::max(std::sqrt(inverse_norms[i]), MIN_NORM);
+    scale_row(width, inverse_norms[i], states + i * width, states + i * width);
+  }
+}
+
+// Turns gradients of features into those of `states`, which were mapped, in place.
+void map_gradient(int64_t rows, int64_t width, const float* states, const float* features, const float* inverse_norms,
+                  float* gradient) {
+  float along[CHUNK];
+  row_products(rows, width, gradient, features, along);
+  for (int64_t i = 0; i < rows; i++, states += width, features += width, gradient += width) {
+    if (inverse_norms[i] >= 1.0f / MIN_NORM) along[i] = 0.0f;
+    for (int64_t j = 0; j < width; j += LANES) {
+      const Vector x = load(states + j), s = sigmoid(x);
+      const Vector grad = (load(gradient + j) - along[i] * load(features + j)) * inverse_norms[i];
+      store(gradient + j, grad * s * (1.0f + x * (1.0f - s)));
+    }
+  }
+}
+
+// Forward.
+
+struct ForwardBuffers {
+  Scratch states, keys, values, written, weights, system, memory;
+  Gates gates;
+
+  ForwardBuffers(int64_t features, int64_t dim)
+      : states(CHUNK * features), keys(features * CHUNK), values(CHUNK * dim), written(CHUNK * dim),
+        weights(CHUNK * CHUNK), system(CHUNK * CHUNK), memory(features * dim) {}
+};
+
+struct Inputs {
+  Tokens query, key, value, strength, log_forget;
+  bool maps;  // query and key are not features yet
+
+  void load_states(const Tokens& tokens, const Chunk& chunk, int64_t batch, int64_t head, int64_t width, float* to,
+                   float* inverse_norms) const {
+    load_rows(tokens, chunk, batch, head, width, to);
+    if (maps) map_rows(chunk.rows, round_up(width), to, inverse_norms);
+  }
+  // Stores the gradient of features as that of queries or keys; both gradient and scratch, (rows, width), are overwritten.
+  void store_gradient(const Tokens& tokens, const Tokens& to, const Chunk& chunk, int64_t batch, int64_t head,
+                      int64_t width, const float* features, const float* inverse_norms, float* gradient,
+                      float* scratch) const {
+    const int64_t wide = round_up(width);
+    if (maps) {
+      pack_wide(chunk.count, chunk.rows, width, wide, tokens.at(batch, head, chunk.start), tokens.token, scratch);
+      map_gradient(chunk.rows, wide, scratch, features, inverse_norms, gradient);
+    }
+    unpack(chunk.count, width, wide, gradient, to.at(batch, head, chunk.start), to.token);
+  }
+  void load_gates(const Chunk& chunk, int64_t batch, int64_t head, Gates& gates) const {
+    const float* forget = log_forget.data == nullptr ? nullptr : log_forget.at(batch, head, chunk.start);
+    read_gates(chunk, strength.at(batch, head, chunk.start), strength.token, forget, log_forget.token, gates);
+  }
+};
+
+// The corrections of one chunk into `buffers.written`; its keys, transposed, into `buffers.keys`.
+void write_chunk(const Sizes& sizes, const Inputs& inputs, const Chunk& chunk, int64_t batch, int64_t head,
+                 ForwardBuffers& buffers) {
+  const int64_t rows = chunk.rows, features = sizes.wide_features(), dim = sizes.wide_dim();
+  float inverse_norms[CHUNK];
+  Gates& gates = buffers.gates;
+  inputs.load_gates(chunk, batch, head, gates);
+  inputs.load_states(inputs.key, chunk, batch, head, sizes.features, buffers.states, inverse_norms);
+  transpose(rows, features, buffers.states, features, buffers.keys, CHUNK);
+  product_to_lower(rows, features, buffers.states, features, 1, buffers.keys, buffers.system);
+  decay_lower(rows, gates.between, gates.strength, -1.0f, buffers.system);
+
+  load_rows(inputs.value, chunk, batch, head, sizes.head_dim, buffers.values);
+  product(rows, features, dim, buffers.states, features, 1, buffers.memory, dim, buffers.written, dim);
+  for (int64_t i = 0; i < rows; i++)
+    for (int64_t j = 0; j < dim; j += LANES) {
+      float* at = buffers.written + i * dim + j;
+      store(at, gates.strength[i] * (load(buffers.values + i * dim + j) - gates.in[i] * load(at)));
+    }
+  solve(rows, dim, buffers.system, buffers.written);
+}
+
+// What the queries of one head read in a chunk, into `buffers.values`.
+void read_chunk(const Sizes& sizes, const Inputs& inputs, const Chunk& chunk, int64_t batch, int64_t query_head,
+                ForwardBuffers& buffers) {
+  const int64_t rows = chunk.rows, features = sizes.wide_features(), dim = sizes.wide_dim();
+  float inverse_norms[CHUNK];
+  inputs.load_states(inputs.query, chunk, batch, query_head, sizes.features, buffers.states, inverse_norms);
+  product_to_lower(rows, features, buffers.states, features, 1, buffers.keys, buffers.weights);
+  decay_lower(rows, buffers.gates.between, nullptr, 1.0f, buffers.weights);
+  product(rows, features, dim, buffers.states, features, 1, buffers.memory, dim, buffers.values, dim);
+  scale_rows(rows, dim, buffers.gates.in, 1.0f, buffers.values, buffers.values);
+  add_lower_product(rows, dim, buffers.weights, buffers.written, buffers.values);
+}
+
+// S = decay_all S + (decay_out K)^T u.
+void carry(const Sizes& sizes, const Chunk& chunk, ForwardBuffers& buffers) {
+  const int64_t features = sizes.wide_features(), dim = sizes.wide_dim();
+  scale_rows(chunk.rows, dim, buffers.gates.out, 1.0f, buffers.written, buffers.values);
+  for (int64_t i = 0; i < features * dim; i += LANES)
+    store(buffers.memory + i, buffers.gates.all * load(buffers.memory + i));
+  product(features, chunk.rows, dim, buffers.keys, CHUNK, 1, buffers.values, dim, buffers.memory, dim, true);
+}
+
+// Lets the system back a large new tensor by huge pages: each page's first use costs time.
+at::Tensor in_huge_pages(at::Tensor tensor) {
+  constexpr uintptr_t PAGE = 1 << 21;
+  const uintptr_t start = reinterpret_cast<uintptr_t>(tensor.data_ptr()), end = start + tensor.nbytes();
+  const uintptr_t first = (start + PAGE - 1) / PAGE * PAGE, last = end / PAGE * PAGE;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+  return tensor;
+}
+
+at::Tensor empty(at::IntArrayRef sizes, const at::Tensor& like) { return in_huge_pages(at::empty(sizes, like.options())); }
+
+void check(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value) {
+  for (const at::Tensor* tensor : {&query, &key, &value}) {
+    TORCH_CHECK(tensor->dim() == 4 && tensor->scalar_type() == at::kFloat, "states must be float32 with four axes");
+    TORCH_CHECK(tensor->size(3) == 1 || tensor->stride(3) == 1, "the last axis of states must be contiguous");
+  }
+  TORCH_CHECK(key.size(1) > 0 && query.size(1) % key.size(1) == 0, "heads must be a multiple of kv_heads");
+}
+
+// Numerator and last memory; where `keeps`, also what `delta_backward` wants: the memory before each chunk, (batch, kv_heads,
+// chunks, feature_dim, head_dim), and the corrections, (batch, kv_heads, seq, head_dim).
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> delta_forward(
+    const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const at::Tensor& strength,
+    const std::optional<at::Tensor>& log_forget, const std::optional<at::Tensor>& first, bool maps, bool keeps) {
+  check(query, key, value);
+  const Sizes sizes(query, value);
+  const int64_t features = sizes.features, head_dim = sizes.head_dim, memory_size = features * head_dim;
+  at::Tensor numerator = empty({sizes.batch, sizes.heads, sizes.length, head_dim}, value);
+  at::Tensor last = empty({sizes.batch, sizes.kv_heads, features, head_dim}, value);
+  at::Tensor memories = empty({sizes.batch, sizes.kv_heads, keeps ? sizes.chunks() : 0, features, head_dim}, value);
+  at::Tensor written = empty({sizes.batch, sizes.kv_heads, keeps ? sizes.length : 0, head_dim}, value);
+
+  const Inputs inputs{Tokens(query), Tokens(key), Tokens(value), Tokens(strength),
+                      Tokens(log_forget.value_or(at::Tensor())), maps};
+  const Tokens outputs(numerator), corrections(written);
+  const float* initial = first.has_value() ? first->data_ptr<float>() : nullptr;
+  float* final = last.data_ptr<float>();
+  float* kept = memories.data_ptr<float>();
+
+  at::parallel_for(0, sizes.batch * sizes.kv_heads, 1, [&](int64_t begin, int64_t end) {
+    const int64_t wide_features = sizes.wide_features(), dim = sizes.wide_dim();
+    ForwardBuffers buffers(wide_features, dim);
+    for (int64_t memory = begin; memory < end; memory++) {
+      const int64_t batch = memory / sizes.kv_heads, head = memory % sizes.kv_heads;
+      std::fill(buffers.memory + 0, buffers.memory + wide_features * dim, 0.0f);
+      if (initial != nullptr)
+        unpack(features, head_dim, head_dim, initial + memory * memory_size, buffers.memory, dim);
+      for (int64_t index = 0; index < sizes.chunks(); index++) {
+        const Chunk chunk(index, 1, sizes.length);
+        if (keeps)
+          unpack(features, head_dim, dim, buffers.memory, kept + (memory * sizes.chunks() + index) * memory_size,
+                 head_dim);
+        write_chunk(sizes, inputs, chunk, batch, head, buffers);
+        if (keeps)
+          unpack(chunk.count, head_dim, dim, buffers.written, corrections.at(batch, head, chunk.start), head_dim);
+        for (int64_t group = 0; group < sizes.groups(); group++) {
+          const int64_t query_head = head * sizes.groups() + group;
+          read_chunk(sizes, inputs, chunk, batch, query_head, buffers);
+          unpack(chunk.count, head_dim, dim, buffers.values, outputs.at(batch, query_head, chunk.start), outputs.token);
+        }
+        carry(sizes, chunk, buffers);
+      }
+      unpack(features, head_dim, dim, buffers.memory, final + memory * memory_size, head_dim);
+    }
+  });
+  return {numerator, last, memories, written};
+}
+
+// Backward: the gradients of `_DeltaChunks`, from the last chunk to the first.
+
+struct BackwardBuffers {
+  Scratch keys, keys_transposed, queries, written_transposed, memory, memory_transposed, gradient_transposed;
+  Scratch grad_numerator, grad_memory, grad_written, grad_query, grad_key, scaled, weights, grad_scores, system;
+  Gates gates;
+  // Of the keys, and of the queries of one head.
+  float key_inverse_norms[CHUNK], query_inverse_norms[CHUNK];
+  // Gradient of each token's write strength, and of the sum of log gates up to it.
+  float grad_strength[CHUNK], grad_sums[CHUNK];
+
+  BackwardBuffers(int64_t features, int64_t dim)
+      : keys(CHUNK * features), keys_transposed(features * CHUNK), queries(CHUNK * features),
+        written_transposed(dim * CHUNK), memory(features * dim), memory_transposed(dim * features),
+        gradient_transposed(dim * features), grad_numerator(CHUNK * dim), grad_memory(features * dim),
+        grad_written(CHUNK * dim), grad_query(CHUNK * features), grad_key(CHUNK * features),
+        scaled(CHUNK * std::max(features, dim)), weights(CHUNK * CHUNK), grad_scores(CHUNK * CHUNK),
+        system(CHUNK * CHUNK) {}
+};
+
+struct Saved {
+  const float* before;  // the memory before a chunk, (features, head_dim)
+  Tokens written;
+};
+
+struct Gradients {
+  Tokens numerator;  // given
+  Tokens query, key, value, strength, log_forget;
+};
+
+// Loads a chunk, `buffers.memory` being still the memory after it; starts the gradients of its corrections and keys with what
+// later chunks read.
+void start_chunk(const Sizes& sizes, const Inputs& inputs, const Saved& saved, const Chunk& chunk, int64_t batch,
+                 int64_t head, BackwardBuffers& buffers) {
+  const int64_t rows = chunk.rows, features = sizes.wide_features(), dim = sizes.wide_dim();
+  Gates& gates = buffers.gates;
+  inputs.load_gates(chunk, batch, head, gates);
+  inputs.load_states(inputs.key, chunk, batch, head, sizes.features, buffers.keys, buffers.key_inverse_norms);
+  transpose(rows, features, buffers.keys, features, buffers.keys_transposed, CHUNK);
+  load_rows(saved.written, chunk, batch, head, sizes.head_dim, buffers.scaled);
+  transpose(rows, dim, buffers.scaled, dim, buffers.written_transposed, CHUNK);
+
+  // The last token's sum counts in all that is left after the chunk.
+  std::fill(buffers.grad_sums, buffers.grad_sums + CHUNK, 0.0f);
+  float products[LANES];
+  for (int64_t i = 0; i < features; i += LANES) {
+    row_products(LANES, dim, buffers.memory + i * dim, buffers.grad_memory + i * dim, products);
+    buffers.grad_sums[rows - 1] += sum_of(load(products));
+  }
+  pack_wide(sizes.features, features, sizes.head_dim, dim, saved.before, sizes.head_dim, buffers.memory);
+  transpose(features, dim, buffers.memory, dim, buffers.memory_transposed, features);
+  transpose(features, dim, buffers.grad_memory, dim, buffers.gradient_transposed, features);
+
+  product(rows, dim, features, buffers.scaled, dim, 1, buffers.gradient_transposed, features, buffers.grad_key, features);
+  scale_rows(rows, features, gates.out, 1.0f, buffers.grad_key, buffers.grad_key);
+  product(rows, features, dim, buffers.keys, features, 1, buffers.grad_memory, dim, buffers.grad_written, dim);
+  scale_rows(rows, dim, gates.out, 1.0f, buffers.grad_written, buffers.grad_written);
+  for (int64_t i = 0; i < features * dim; i += LANES)
+    store(buffers.grad_memory + i, gates.all * load(buffers.grad_memory + i));
+}
+
+// Through the weights and what the queries of one head read of the memory.
+void read_backward(const Sizes& sizes, const Inputs& inputs, const Gradients& gradients, const Chunk& chunk,
+                   int64_t batch, int64_t query_head, BackwardBuffers& buffers) {
+  const int64_t rows = chunk.rows, features = sizes.wide_features(), dim = sizes.wide_dim();
+  const Gates& gates = buffers.gates;
+  inputs.load_states(inputs.query, chunk, batch, query_head, sizes.features, buffers.queries, buffers.query_inverse_norms);
+  load_rows(gradients.numerator, chunk, batch, query_head, sizes.head_dim, buffers.grad_numerator);
+  product_to_lower(rows, features, buffers.queries, features, 1, buffers.keys_transposed, buffers.weights);
+  decay_lower(rows, gates.between, nullptr, 1.0f, buffers.weights);
+  add_transposed_product(rows, dim, buffers.weights, buffers.grad_numerator, buffers.grad_written);
+
+  product_to_lower(rows, dim, buffers.grad_numerator, dim, 1, buffers.written_transposed, buffers.grad_scores);
+  decay_lower(rows, gates.between, nullptr, 1.0f, buffers.grad_scores);
+  add_transposed_product(rows, features, buffers.grad_scores, buffers.queries, buffers.grad_key);
+  scale_rows(rows, dim, gates.in, 1.0f, buffers.grad_numerator, buffers.grad_numerator);
+  product(rows, dim, features, buffers.grad_numerator, dim, 1, buffers.memory_transposed, features, buffers.grad_query,
+          features);
+  add_lower_product(rows, features, buffers.grad_scores, buffers.keys, buffers.grad_query);
+  product(features, rows, dim, buffers.queries, 1, features, buffers.grad_numerator, dim, buffers.grad_memory, dim, true);
+
+  float read[CHUNK];
+  row_products(rows, features, buffers.grad_query, buffers.queries, read);
+  for (int64_t i = 0; i < rows; i++) buffers.grad_sums[i] += read[i];
+  inputs.store_gradient(inputs.query, gradients.query, chunk, batch, query_head, sizes.features, buffers.queries,
+                        buffers.query_inverse_norms, buffers.grad_query, buffers.scaled);
+}
+
+// Through the corrections, back to values, keys and the memory before the chunk.
+void write_backward(const Sizes& sizes, const Inputs& inputs, const Saved& saved, const Gradients& gradients,
+                    const Chunk& chunk, int64_t batch, int64_t head, BackwardBuffers& buffers) {
+  const int64_t rows = chunk.rows, features = sizes.wide_features(), dim = sizes.wide_dim();
+  const Gates& gates = buffers.gates;
+  load_rows(saved.written, chunk, batch, head, sizes.head_dim, buffers.scaled);
+  float reads[CHUNK], is_read[CHUNK];
+  row_products(rows, dim, buffers.grad_written, buffers.scaled, reads);
+  row_products(rows, features, buffers.grad_key, buffers.keys, is_read);
+  for (int64_t i = 0; i < rows; i++) buffers.grad_sums[i] += reads[i] - is_read[i];
+  product_to_lower(rows, features, buffers.keys, features, 1, buffers.keys_transposed, buffers.system);
+  decay_lower(rows, gates.between, gates.strength, -1.0f, buffers.system);
+  solve_transposed(rows, dim, buffers.system, buffers.grad_written);
+
+  load_rows(inputs.value, chunk, batch, head, sizes.head_dim, buffers.scaled);
+  row_products(rows, dim, buffers.grad_written, buffers.scaled, buffers.grad_strength);
+  for (int64_t i = 0; i < rows; i++) buffers.grad_sums[i] -= gates.strength[i] * buffers.grad_strength[i];
+
+  // The gradient of the strictly lower part of K K^T, before the write strengths: of b K that goes to b and to K.
+  product_to_lower(rows, dim, buffers.grad_written, dim, 1, buffers.written_transposed, buffers.grad_scores);
+  decay_lower(rows, gates.between, nullptr, -1.0f, buffers.grad_scores);
+  for (int64_t i = 0; i < rows; i++) buffers.grad_scores[i * CHUNK + i] = 0.0f;
+  scale_rows(rows, dim, gates.in, -1.0f, buffers.grad_written, buffers.scaled);
+  float* grad_written_key = buffers.grad_query;
+  product(rows, dim, features, buffers.scaled, dim, 1, buffers.memory_transposed, features, grad_written_key, features);
+  add_lower_product(rows, features, buffers.grad_scores, buffers.keys, grad_written_key);
+  scale_rows(rows, dim, gates.strength, 1.0f, buffers.scaled, buffers.scaled);
+  product(features, rows, dim, buffers.keys_transposed, CHUNK, 1, buffers.scaled, dim, buffers.grad_memory, dim, true);
+
+  float through_write[CHUNK];
+  row_products(rows, features, grad_written_key, buffers.keys, through_write);
+  for (int64_t i = 0; i < rows; i++) {
+    buffers.grad_strength[i] += through_write[i];
+    for (int64_t j = i * features; j < (i + 1) * features; j += LANES)
+      store(buffers.grad_key + j, load(buffers.grad_key + j) + gates.strength[i] * load(grad_written_key + j));
+  }
+  scale_rows(rows, CHUNK, gates.strength, 1.0f, buffers.grad_scores, buffers.grad_scores);
+  add_transposed_product(rows, features, buffers.grad_scores, buffers.keys, buffers.grad_key);
+  scale_rows(rows, dim, gates.strength, 1.0f, buffers.grad_written, buffers.grad_written);
+
+  inputs.store_gradient(inputs.key, gradients.key, chunk, batch, head, sizes.features, buffers.keys,
+                        buffers.key_inverse_norms, buffers.grad_key, buffers.scaled);
+  unpack(chunk.count, sizes.head_dim, dim, buffers.grad_written, gradients.value.at(batch, head, chunk.start),
+         gradients.value.token);
+}
+
+// Gradients of the gates of a chunk. A gate counts in every sum from its token on; clamped ones get none.
+void store_gate_gradients(const Inputs& inputs, const Gradients& gradients, const Chunk& chunk, int64_t batch,
+                          int64_t head, const BackwardBuffers& buffers) {
+  for (int64_t i = 0; i < chunk.count; i++)
+    *gradients.strength.at(batch, head, chunk.start + i) = buffers.grad_strength[i];
+  if (inputs.log_forget.data == nullptr) return;
+  float sum = 0.0f;
+  for (int64_t i = chunk.rows - 1; i >= 0; i--) {
+    sum += buffers.grad_sums[i];
+    if (i >= chunk.count) continue;
+    const bool clamped = *inputs.log_forget.at(batch, head, chunk.start + i) < 2.0f * MIN_LOG_DECAY;
+    *gradients.log_forget.at(batch, head, chunk.start + i) = clamped ? 0.0f : sum;
+  }
+}
+
+// Gradients of query, key, value, write strength, log_forget (empty without it) and the first memory.
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> delta_backward(
+    const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const at::Tensor& strength,
+    const std::optional<at::Tensor>& log_forget, const at::Tensor& last, const at::Tensor& memories,
+    const at::Tensor& written, const at::Tensor& grad_numerator, const at::Tensor& grad_last, bool maps) {
+  check(query, key, value);
+  TORCH_CHECK(last.is_contiguous() && memories.is_contiguous() && grad_last.is_contiguous(), "memories must be contiguous");
+  const Sizes sizes(query, value);
+  const int64_t features = sizes.features, head_dim = sizes.head_dim, memory_size = features * head_dim;
+  at::Tensor grad_query = in_huge_pages(at::empty_like(query)), grad_key = in_huge_pages(at::empty_like(key));
+  at::Tensor grad_value = in_huge_pages(at::empty_like(value));
+  at::Tensor grad_strength = at::empty_like(strength), grad_first = at::empty_like(grad_last);
+  at::Tensor grad_forget = log_forget.has_value() ? at::empty_like(*log_forget) : at::empty({0}, value.options());
+
+  const at::Tensor forget = log_forget.value_or(at::Tensor());
+  const Inputs inputs{Tokens(query), Tokens(key), Tokens(value), Tokens(strength), Tokens(forget), maps};
+  const Gradients gradients{Tokens(grad_numerator), Tokens(grad_query), Tokens(grad_key), Tokens(grad_value),
+                            Tokens(grad_strength), Tokens(forget.defined() ? grad_forget : forget)};
+  const Tokens corrections(written);
+  const float *kept = memories.data_ptr<float>(), *after = last.data_ptr<float>();
+  const float* grad_after = grad_last.data_ptr<float>();
+  float* first = grad_first.data_ptr<float>();
+
+  at::parallel_for(0, sizes.batch * sizes.kv_heads, 1, [&](int64_t begin, int64_t end) {
+    const int64_t wide_features = sizes.wide_features(), dim = sizes.wide_dim();
+    BackwardBuffers buffers(wide_features, dim);
+    for (int64_t memory = begin; memory < end; memory++) {
+      const int64_t batch = memory / sizes.kv_heads, head = memory % sizes.kv_heads;
+      pack_wide(features, wide_features, head_dim, dim, after + memory * memory_size, head_dim, buffers.memory);
+      pack_wide(features, wide_features, head_dim, dim, grad_after + memory * memory_size, head_dim, buffers.grad_memory);
+      for (int64_t index = sizes.chunks() - 1; index >= 0; index--) {
+        const Chunk chunk(index, -1, sizes.length);
+        const Saved saved{kept + (memory * sizes.chunks() + index) * memory_size, corrections};
+        start_chunk(sizes, inputs, saved, chunk, batch, head, buffers);
+        for (int64_t group = 0; group < sizes.groups(); group++)
+          read_backward(sizes, inputs, gradients, chunk, batch, head * sizes.groups() + group, buffers);
+        write_backward(sizes, inputs, saved, gradients, chunk, batch, head, buffers);
+        store_gate_gradients(inputs, gradients, chunk, batch, head, buffers);
+      }
+      unpack(features, head_dim, dim, buffers.grad_memory, first + memory * memory_size, head_dim);
+    }
+  });
+  return {grad_query, grad_key, grad_value, grad_strength, grad_forget, grad_first};
+}
+
+
+// The norm of what was read: y = weight x / sqrt(mean(x^2) + eps) for rows x of contiguous states.
+
+// Sums over blocks of this many rows make the gradient of the weight, whatever the number of threads.
+constexpr int64_t NORM_ROWS = 4096;
+
+// factors[i] = 1 / sqrt(mean(x_i^2) + eps).
+void norm_factors(int64_t rows, int64_t width, int64_t wide, const float* x, float eps, float* factors) {
+  row_products(rows, wide, x, x, factors);
+  for (int64_t i = 0; i < rows; i++) factors[i] = 1.0f / std::sqrt(factors[i] / width + eps);
+}
+
+void check_norm(const at::Tensor& states, const at::Tensor& weight) {
+  TORCH_CHECK(states.scalar_type() == at::kFloat && states.is_contiguous(), "states must be float32 and contiguous");
+  TORCH_CHECK(weight.scalar_type() == at::kFloat && weight.is_contiguous() && weight.numel() == states.size(-1),
+              "the weight must be float32, one number for each of a state");
+}
+
+// Into `result`, which may be `states`.
+void rms_norm_forward(const at::Tensor& states, const at::Tensor& weight, double eps, at::Tensor result) {
+  check_norm(states, weight);
+  check_norm(result, weight);
+  const int64_t width = states.size(-1), wide = round_up(width), rows = states.numel() / width;
+  if (!result.is_same(states)) in_huge_pages(result);
+  const float *from = states.data_ptr<float>(), *weights = weight.data_ptr<float>();
+  float* to = result.data_ptr<float>();
+  at::parallel_for(0, (rows + NORM_ROWS - 1) / NORM_ROWS, 1, [&](int64_t begin, int64_t end) {
+    Scratch x(CHUNK * wide), scale(wide);
+    float factors[CHUNK];
+    pack_wide(1, 1, width, wide, weights, width, scale);
+    for (int64_t row = begin * NORM_ROWS; row < std::min(end * NORM_ROWS, rows); row += CHUNK) {
+      const int64_t count = std::min(CHUNK, rows - row);
+      pack_wide(count, CHUNK, width, wide, from + row * width, width, x);
+      norm_factors(CHUNK, width, wide, x, static_cast<float>(eps), factors);
+      for (int64_t i = 0; i < count; i++)
+        for (int64_t j = 0; j < wide; j += LANES)
+          store(x + i * wide + j, load(scale + j) * (factors[i] * load(x + i * wide + j)));
+      unpack(count, width, wide, x, to + row * width, width);
+    }
+  });
+}
+
+// Gradients of states and weight: with n = x factor and g = weight grad, factor (g - n mean(g n)) and the sum of grad n.
+std::tuple<at::Tensor, at::Tensor> rms_norm_backward(const at::Tensor& states, const at::Tensor& weight,
+                                                     const at::Tensor& grad, double eps) {
+  check_norm(states, weight);
+  check_norm(grad, weight);
+  const int64_t width = states.size(-1), wide = round_up(width), rows = states.numel() / width;
+  const int64_t blocks = (rows + NORM_ROWS - 1) / NORM_ROWS;
+  at::Tensor grad_states = in_huge_pages(at::empty_like(states)), grad_weight = at::empty_like(weight);
+  const float *from = states.data_ptr<float>(), *given = grad.data_ptr<float>(), *weights = weight.data_ptr<float>();
+  float *to = grad_states.data_ptr<float>(), *total = grad_weight.data_ptr<float>();
+  Scratch sums(blocks * wide);
+  std::fill(sums + 0, sums + blocks * wide, 0.0f);
+  at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+    Scratch x(CHUNK * wide), g(CHUNK * wide), scale(wide);
+    float factors[CHUNK], along[CHUNK];
+    pack_wide(1, 1, width, wide, weights, width, scale);
+    for (int64_t row = begin * NORM_ROWS; row < std::min(end * NORM_ROWS, rows); row += CHUNK) {
+      const int64_t count = std::min(CHUNK, rows - row);
+      float* sum = sums + row / NORM_ROWS * wide;
+      pack_wide(count, CHUNK, width, wide, from + row * width, width, x);
+      pack_wide(count, CHUNK, width, wide, given + row * width, width, g);
+      norm_factors(CHUNK, width, wide, x, static_cast<float>(eps), factors);
+      for (int64_t i = 0; i < CHUNK; i++)
+        for (int64_t j = 0; j < wide; j += LANES) {
+          const Vector n = factors[i] * load(x + i * wide + j), d = load(g + i * wide + j);
+          store(sum + j, load(sum + j) + d * n);
+          store(x + i * wide + j, n);
+          store(g + i * wide + j, load(scale + j) * d);
+        }
+      row_products(CHUNK, wide, x, g, along);
+      for (int64_t i = 0; i < count; i++)
+        for (int64_t j = 0; j < wide; j += LANES) {
+          const Vector across = load(g + i * wide + j) - along[i] / width * load(x + i * wide + j);
+          store(g + i * wide + j, factors[i] * across);
+        }
+      unpack(count, width, wide, g, to + row * width, width);
+    }
+  });
+  for (int64_t j = 0; j < width; j++) {
+    total[j] = 0.0f;
+    for (int64_t block = 0; block < blocks; block++) total[j] += sums[block * wide + j];
+  }
+  return {grad_states, grad_weight};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(kermit_hf, m) {
+  m.def(
+      "delta_forward(Tensor query, Tensor key, Tensor value, Tensor write_strength, Tensor? log_forget, Tensor? matrix, "
+      "bool maps, bool keeps) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "delta_backward(Tensor query, Tensor key, Tensor value, Tensor write_strength, Tensor? log_forget, Tensor last, "
+      "Tensor memories, Tensor written, Tensor grad_numerator, Tensor grad_last, bool maps) -> (Tensor, Tensor, Tensor, "
+      "Tensor, Tensor, Tensor)");
+  m.def("rms_norm_forward(Tensor states, Tensor weight, float eps, Tensor(a!) result) -> ()");
+  m.def("rms_norm_backward(Tensor states, Tensor weight, Tensor grad, float eps) -> (Tensor, Tensor)");
+}
+
+TORCH_LIBRARY_IMPL(kermit_hf, CPU, m) {
+  m.impl("delta_forward", delta_forward);
+  m.impl("delta_backward", delta_backward);
+  m.impl("rms_norm_forward", rms_norm_forward);
+  m.impl("rms_norm_backward", rms_norm_backward);
+}

@@ -1,0 +1,94 @@
+"""The delta rule and the norm behind it as kernels for CPUs, in float32: `delta_chunked` and `LlamaRMSNorm` without their
+passes over memory. See delta_cpu.cpp."""
+
+import torch
+
+from .cpu_kernels import load_cpu_kernels
+from .kernel_attention import KernelMemory, KernelReadout
+
+
+def delta_fused(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    write_strength: torch.Tensor,
+    log_forget: torch.Tensor | None = None,
+    memory: KernelMemory | None = None,
+) -> KernelReadout:
+    """`delta_chunked`, everything in float32. First derivatives only."""
+    return _run(query, key, value, write_strength, log_forget, memory, False)
+
+
+def delta_silu_fused(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    write_strength: torch.Tensor,
+    log_forget: torch.Tensor | None = None,
+    memory: KernelMemory | None = None,
+) -> KernelReadout:
+    """The same of queries and keys before the feature map "silu_l2", which is applied here."""
+    return _run(query, key, value, write_strength, log_forget, memory, True)
+
+
+def _run(query, key, value, write_strength, log_forget, memory, maps) -> KernelReadout:
+    states = (_rows(tensor) for tensor in (query, key, value))
+    gates = (gate if gate is None else gate.float() for gate in (write_strength, log_forget))
+    matrix = None if memory is None else memory.matrix.float()
+    numerator, matrix = _DeltaFused.apply(*states, *gates, matrix, maps)
+    return KernelReadout(numerator, None, KernelMemory(matrix))
+
+
+def _rows(states: torch.Tensor) -> torch.Tensor:
+    """In float32, with a contiguous last axis."""
+    states = states.float()
+    return states if states.stride(-1) == 1 else states.contiguous()
+
+
+class _DeltaFused(torch.autograd.Function):
+    """Takes states, gates and the first memory one by one. Returns the numerator and the last memory."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, write_strength, log_forget, matrix, maps):
+        inputs = query, key, value, write_strength, log_forget
+        matrix = None if matrix is None else matrix.contiguous()
+        keeps = any(ctx.needs_input_grad)
+        numerator, last, matrices, written = load_cpu_kernels("kermit_hf").delta_forward(*inputs, matrix, maps, keeps)
+        ctx.save_for_backward(*inputs, last, matrices, written)
+        ctx.maps = maps
+        return numerator, last
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_numerator, grad_matrix):
+        *grads, grad_log_forget, grad_first = load_cpu_kernels("kermit_hf").delta_backward(
+            *ctx.saved_tensors, _rows(grad_numerator), grad_matrix.contiguous(), ctx.maps
+        )
+        has_gate, has_memory = ctx.needs_input_grad[4:6]
+        return *grads, grad_log_forget if has_gate else None, grad_first if has_memory else None, None
+
+
+def rms_norm_fused(states: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """weight x / sqrt(mean(x^2) + eps) over the last axis (Zhang and Sennrich 2019, arXiv 1910.07467). Without a gradient the
+    states are overwritten by it. First derivatives only."""
+    states, weight = states.contiguous(), weight.contiguous()
+    if torch.is_grad_enabled() and (states.requires_grad or weight.requires_grad):
+        return _RmsNormFused.apply(states, weight, eps)
+    load_cpu_kernels("kermit_hf").rms_norm_forward(states, weight, eps, states)
+    return states
+
+
+class _RmsNormFused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, states, weight, eps):
+        ctx.save_for_backward(states, weight)
+        ctx.eps = eps
+        result = torch.empty_like(states)
+        load_cpu_kernels("kermit_hf").rms_norm_forward(states, weight, eps, result)
+        return result
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        grads = load_cpu_kernels("kermit_hf").rms_norm_backward(*ctx.saved_tensors, grad.contiguous(), ctx.eps)
+        return *grads, None
