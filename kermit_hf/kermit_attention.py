@@ -136,9 +136,11 @@ def kermit_attention(
         scaling=scaling,
         dropout=dropout,
     )
-    kernel = None if explicit else find_kernel(update_rule, map_queries, map_keys, query, slots.values)
-    segment = query.shape[2] if kernel is not None and kernel.whole_texts else _segment_size(query, window_size)
+    segment = _segment_size(query, window_size)
     if explicit or not is_causal or slots.num_absorbed is not None or query.shape[2] <= segment:
+        return attend(query, slots, rotary, far_logit)
+    kernel = find_kernel(update_rule, map_queries, map_keys, query, slots.values)
+    if kernel is not None and kernel.whole_texts:
         return attend(query, slots, rotary, far_logit)
     return _in_segments(attend, query, slots, rotary, far_logit, window_size, segment)
 
@@ -384,8 +386,9 @@ def _far_field(
     if not explicit and length > 1:
         kernel = find_kernel(update_rule, map_queries, map_keys, query, slots.values)
         if kernel is not None:
-            chunked, map_queries, map_keys, takes_mask, divides = kernel
-            rule = rule._replace(chunked=chunked, step=chunked, takes_mask=takes_mask, divides=divides)
+            options = {"takes_mask": kernel.takes_mask, "divides": kernel.divides}
+            rule = rule._replace(chunked=kernel.chunked, step=kernel.chunked, **options)
+            map_queries, map_keys = kernel.map_queries, kernel.map_keys
     query_features, log_scale = map_queries(query)
     if not is_causal:
         return _far_both_ways(query_features, log_scale, slots, window_size, rule, map_keys, explicit), None

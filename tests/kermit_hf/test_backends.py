@@ -175,12 +175,15 @@ def test_a_backend_that_cannot_run_on_the_device_says_so(name, installed):
         model(tokens(1, 12))
 
 
-def test_the_torch_backend_is_what_a_cpu_runs_anyway():
+def test_the_torch_backend_is_what_a_cpu_runs_that_cannot_compile(monkeypatch):
+    monkeypatch.setattr(backends.CHOICE, "misfit", lambda name, device: "there is no compiler")
     model, input_ids = tiny_model(TAYLOR), tokens(2, 20)
     with torch.no_grad():
         expected = model(input_ids).logits
         with kernel_backend("torch"):
             assert torch.equal(model(input_ids).logits, expected)
+        with kernel_backend("cpp"), pytest.raises(ValueError, match="'cpp' cannot run: there is no compiler, or choose"):
+            model(input_ids)
 
 
 LEFT_ALONE = """
