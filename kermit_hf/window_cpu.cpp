@@ -1,0 +1,408 @@
+// The near field and its merging with sinks and far field on a CPU: the formula of window_attention.py, block by block.
+//
+// A block of queries meets the keys it sees tile by tile, under a running softmax (Dao et al. 2022, arXiv 2205.14135) which
+// starts from the far field, as one token with its own logit, and from the sinks. Tiles of scores are (keys, queries): a
+// softmax then runs along whole vectors. Blocks and tiles begin at slots that are multiples of BLOCK, so that most tiles are
+// seen either by all queries of a block or by none; of the others only those vectors are computed that some query sees.
+//
+// A task is a span of slots, with all query heads that share a key head, so that its keys and values are packed once.
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <torch/library.h>
+
+#include <cmath>
+#include <optional>
+#include <tuple>
+#include <utility>
+
+#include "vector_tiles.h"
+
+namespace {
+
+using namespace tiles;
+
+constexpr int64_t BLOCK = 64, SPAN = 8 * BLOCK;
+constexpr float NOTHING = -std::numeric_limits<float>::infinity();
+// Where the largest score starts: finite, so that a logit of -inf is a weight of zero.
+constexpr float LOWEST = -1e30f;
+
+struct Range {
+  int64_t start, end;
+  int64_t count() const { return end - start; }
+  Range clipped(int64_t size) const {
+    const int64_t first = std::clamp<int64_t>(start, 0, size);
+    return {first, std::clamp(end, first, size)};
+  }
+};
+
+// Rows of a tensor (batch, heads, rows, dim) whose last axis is contiguous, or of (batch, heads, rows); null where there is none.
+struct Rows {
+  float* data = nullptr;
+  int64_t batch_stride = 0, head_stride = 0, stride = 0;
+
+  Rows() = default;
+  Rows(const at::Tensor& tensor)
+      : data(tensor.data_ptr<float>()),
+        batch_stride(tensor.stride(0)),
+        head_stride(tensor.stride(1)),
+        stride(tensor.stride(2)) {}
+  Rows(const std::optional<at::Tensor>& tensor) : Rows(tensor ? Rows(*tensor) : Rows()) {}
+
+  Rows of(int64_t batch, int64_t head) const {
+    Rows rows = *this;
+    rows.data += batch * batch_stride + head * head_stride;
+    return rows;
+  }
+  float* operator[](int64_t row) const { return data + row * stride; }
+};
+
+// Which of a block of queries see which of a tile of keys.
+struct Band {
+  int64_t keys;           // in the tile, at most BLOCK
+  int64_t offset;         // from the first query's slot to the first key's
+  int64_t behind, ahead;  // how many slots a query sees to either side of its own
+  int64_t padding;        // so many keys, the first ones, are padding: each is seen by its own query only
+
+  Range queries_of(int64_t key, int64_t count) const {
+    return Range{key + offset - ahead, key + count + offset + behind}.clipped(BLOCK);
+  }
+  Range keys_of(int64_t query, int64_t count) const {
+    return Range{query - offset - behind, query + count - offset + ahead}.clipped(keys);
+  }
+  // `queries_of` in whole vectors.
+  Range columns_of(int64_t key, int64_t count) const {
+    const Range queries = queries_of(key, count);
+    return queries.count() == 0 ? queries : Range{queries.start / LANES * LANES, round_up(queries.end)};
+  }
+  bool hides_some() const { return padding > 0 || keys - 1 + offset > ahead || BLOCK - 1 - offset > behind; }
+  // Scores of one key for the queries from `column` on, -inf where they do not see it.
+  Vector hide(Vector scores, int64_t key, int64_t column) const {
+    static const IntVector lanes = first_numbers(std::make_index_sequence<LANES>());
+    const int32_t own = key + offset - column;
+    const int32_t first = key < padding ? own : own - ahead;
+    const int32_t last = key < padding ? own : own + behind;
+    return (lanes >= first) & (lanes <= last) ? scores : fill(NOTHING);
+  }
+
+ private:
+  template <size_t... number>
+  static IntVector first_numbers(std::index_sequence<number...>) {
+    return IntVector{static_cast<int32_t>(number)...};
+  }
+};
+
+struct Problem {
+  int64_t batch, heads, kv_heads, length, slots, dim, window, sinks;
+  bool is_causal;
+
+  int64_t groups() const { return heads / kv_heads; }
+  int64_t width() const { return round_up(dim); }
+  // Slots that a query sees behind and ahead of its own.
+  int64_t behind() const { return window - 1; }
+  int64_t ahead() const { return is_causal ? 0 : window - 1; }
+  // A span holds all keys that another one's queries see outside of their own span.
+  int64_t span() const { return std::max(SPAN, round_up(window - 1, BLOCK)); }
+  int64_t spans() const { return (slots + span() - 1) / span(); }
+  // Slots of the keys that queries in these slots see, in whole tiles.
+  Range reach(Range queries) const {
+    const int64_t first = std::max<int64_t>(queries.start - behind(), 0) / BLOCK * BLOCK;
+    return {first, std::min(queries.end + ahead(), slots)};
+  }
+  Band band(int64_t query_slot, int64_t key_slot, int64_t first_real) const {
+    const int64_t keys = std::min(BLOCK, slots - key_slot);
+    return {keys, key_slot - query_slot, behind(), ahead(), std::clamp<int64_t>(first_real - key_slot, 0, keys)};
+  }
+};
+
+// A span of slots of one key head.
+struct Task {
+  int64_t batch, kv_head;
+  Range slots, queries;  // all slots, and those that have queries
+
+  // Key heads come first: those of one token lie next to each other.
+  Task(const Problem& problem, int64_t index) : batch(index / problem.kv_heads / problem.spans()) {
+    kv_head = index % problem.kv_heads;
+    const int64_t start = index / problem.kv_heads % problem.spans() * problem.span();
+    slots = {start, std::min(start + problem.span(), problem.slots)};
+    queries = {std::max(start, problem.slots - problem.length), slots.end};
+  }
+};
+
+template <class Function>
+void for_tasks(const Problem& problem, Function function) {
+  const int64_t count = problem.batch * problem.spans() * problem.kv_heads;
+  at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) { function(begin, end); });
+}
+
+// Rows `range` one after the other, `width` apart, with zeros up to it and for rows outside of `present`.
+void pack_rows(const Rows& from, Range range, Range present, int64_t dim, int64_t width, float* to) {
+  for (int64_t row = range.start; row < range.end; row++, to += width) {
+    const int64_t count = present.start <= row && row < present.end ? dim : 0;
+    if (count) std::memcpy(to, from[row], count * sizeof(float));
+    std::fill(to + count, to + width, 0.0f);
+  }
+}
+
+// Swaps the blocks off the diagonal of each square of 2 * half rows and columns.
+template <int64_t half, size_t... lane>
+inline void swap_blocks(Vector* rows, std::index_sequence<lane...>) {
+#pragma GCC unroll 16
+  for (int64_t row = 0; row < LANES; row++) {
+    if (row & half) continue;
+    const Vector upper = rows[row], lower = rows[row + half];
+#if defined(__clang__)
+    rows[row] = __builtin_shufflevector(upper, lower, (lane & half ? lane - half + LANES : lane)...);
+    rows[row + half] = __builtin_shufflevector(upper, lower, (lane & half ? lane + LANES : lane + half)...);
+#else
+    rows[row] = __builtin_shuffle(upper, lower, IntVector{(lane & half ? lane - half + LANES : lane)...});
+    rows[row + half] = __builtin_shuffle(upper, lower, IntVector{(lane & half ? lane + LANES : lane + half)...});
+#endif
+  }
+}
+
+template <int64_t half>
+inline void transpose_square(Vector* rows) {
+  if constexpr (half > 0) {
+    swap_blocks<half>(rows, std::make_index_sequence<LANES>());
+    transpose_square<half / 2>(rows);
+  }
+}
+
+// (BLOCK, width) -> (width, BLOCK)
+void transpose(const float* from, int64_t width, float* to) {
+  for (int64_t column = 0; column < width; column += LANES) {
+    for (int64_t row = 0; row < BLOCK; row += LANES) {
+      Vector square[LANES];
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < LANES; i++) square[i] = load(from + (row + i) * width + column);
+      transpose_square<LANES / 2>(square);
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < LANES; i++) store(to + (column + i) * BLOCK + row, square[i]);
+    }
+  }
+}
+
+// The columns of a few rows of a tile that `columns` leaves out become zeros.
+inline void clear_outside(Range columns, int64_t rows, float* tile) {
+  for (int64_t row = 0; row < rows; row++, tile += BLOCK) {
+    for (int64_t column = 0; column < columns.start; column += LANES) store(tile + column, Vector{});
+    for (int64_t column = columns.end; column < BLOCK; column += LANES) store(tile + column, Vector{});
+  }
+}
+
+// sums (BLOCK, width) += tile (keys, BLOCK)^T rows (keys, width), over those pairs that see each other.
+void add_to_queries(const Band& band, const float* tile, const float* rows, int64_t width, float* sums) {
+  for (int64_t query = 0; query < BLOCK; query += TILE_ROWS) {
+    const int64_t count = std::min(TILE_ROWS, BLOCK - query);
+    const Range keys = band.keys_of(query, count);
+    product(count, keys.count(), width, tile + keys.start * BLOCK + query, 1, BLOCK, rows + keys.start * width, width,
+            sums + query * width, width, true);
+  }
+}
+
+// A block of queries with its running softmax: what of each query's scores has been taken up so far.
+class Block {
+ public:
+  Block(int64_t dim, int64_t width)
+      : dim_(dim), width_(width), queries_(BLOCK * width), scores_(BLOCK * BLOCK), sums_(BLOCK * width) {}
+
+  // Starts from the far field, or from nothing.
+  void start(const Rows& query, const Rows& far_value, const Rows& far_logit, Range rows, Range present) {
+    pack_rows(query, rows, present, dim_, width_, sums_);
+    transpose(sums_, width_, queries_);
+    std::fill(largest_, largest_ + BLOCK, LOWEST);
+    std::fill(total_, total_ + BLOCK, 0.0f);
+    pack_rows(far_value, rows, far_value.data ? present : Range{0, 0}, dim_, width_, sums_);
+    if (far_value.data == nullptr) return;
+    for (int64_t row = present.start; row < present.end; row++) {
+      const float logit = *far_logit[row];
+      largest_[row - rows.start] = std::max(LOWEST, logit);
+      total_[row - rows.start] = logit > LOWEST ? 1.0f : 0.0f;
+    }
+    scale_sums(total_);
+  }
+
+  void take_sinks(const Rows& logits, const float* values, int64_t sinks, Range rows, Range present) {
+    for (int64_t first = 0; first < sinks; first += BLOCK) {
+      const Band band = {std::min(BLOCK, sinks - first), 0, BLOCK, BLOCK, 0};
+      for (int64_t sink = 0; sink < band.keys; sink++)
+        for (int64_t row = rows.start; row < rows.end; row++)
+          scores_[sink * BLOCK + row - rows.start] =
+              present.start <= row && row < present.end ? logits[row][first + sink] : NOTHING;
+      float largest[BLOCK];
+      find_largest(band, {0, band.keys}, largest_, largest);
+      take_scores(band, largest, values + first * width_);
+    }
+  }
+
+  void take_keys(const Band& band, const float* keys, const float* values) {
+    float largest[BLOCK];
+    std::copy(largest_, largest_ + BLOCK, largest);
+    for (int64_t key = 0; key < band.keys; key += TILE_ROWS) {
+      const int64_t count = std::min(TILE_ROWS, band.keys - key);
+      const Range columns = band.columns_of(key, count);
+      clear_outside(columns, count, scores_ + key * BLOCK);
+      product(count, dim_, columns.count(), keys + key * width_, width_, 1, queries_ + columns.start, BLOCK,
+              scores_ + key * BLOCK + columns.start, BLOCK);
+      find_largest(band, {key, key + count}, largest, largest);
+    }
+    take_scores(band, largest, values);
+  }
+
+  // output (batch, heads, length, dim) and the logarithm of each query's sum of exponentials, (batch, heads, length).
+  void finish(const Rows& output, const Rows& log_total, Range rows, Range present) {
+    for (int64_t row = present.start; row < present.end; row++) {
+      const int64_t query = row - rows.start;
+      const float* sums = sums_ + query * width_;
+      const float share = 1.0f / total_[query];
+      float* out = output[row];
+      for (int64_t i = 0; i < dim_; i++) out[i] = share * sums[i];
+      *log_total[row] = largest_[query] + std::log(total_[query]);
+    }
+  }
+
+ private:
+  // Hides what is not seen of the scores of these keys, and finds the largest score of each query.
+  void find_largest(const Band& band, Range keys, const float* before, float* largest) {
+    const bool hides_some = band.hides_some();
+    const Range columns = band.columns_of(keys.start, keys.count());
+    for (int64_t column = columns.start; column < columns.end; column += LANES) {
+      Vector found = load(before + column);
+      for (int64_t key = keys.start; key < keys.end; key++) {
+        float* place = scores_ + key * BLOCK + column;
+        Vector scores = load(place);
+        if (hides_some) store(place, scores = band.hide(scores, key, column));
+        found = larger(scores, found);
+      }
+      store(largest + column, found);
+    }
+  }
+
+  // Takes up a tile of scores after which each query's largest score will be `largest`.
+  void take_scores(const Band& band, const float* largest, const float* values) {
+    float shrink[BLOCK];
+    for (int64_t column = 0; column < BLOCK; column += LANES) {
+      const Vector factor = exponential(load(largest_ + column) - load(largest + column));
+      store(shrink + column, factor);
+      store(total_ + column, factor * load(total_ + column));
+      store(largest_ + column, load(largest + column));
+    }
+    scale_sums(shrink);
+    for (int64_t key = 0; key < band.keys; key += TILE_ROWS) {
+      const int64_t count = std::min(TILE_ROWS, band.keys - key);
+      const Range columns = band.columns_of(key, count);
+      for (int64_t column = columns.start; column < columns.end; column += LANES) {
+        const Vector most = load(largest_ + column);
+        Vector total = load(total_ + column);
+        for (int64_t row = key; row < key + count; row++) {
+          float* place = scores_ + row * BLOCK + column;
+          const Vector weights = exponential(load(place) - most);
+          store(place, weights);
+          total += weights;
+        }
+        store(total_ + column, total);
+      }
+    }
+    add_to_queries(band, scores_, values, width_, sums_);
+  }
+
+  void scale_sums(const float* factors) {
+    float* sums = sums_;
+    for (int64_t query = 0; query < BLOCK; query++, sums += width_)
+      for (int64_t i = 0; i < width_; i += LANES) store(sums + i, factors[query] * load(sums + i));
+  }
+
+  int64_t dim_, width_;
+  Scratch queries_, scores_, sums_;
+  float largest_[BLOCK], total_[BLOCK];
+};
+
+void check(const at::Tensor& tensor, const char* name) {
+  TORCH_CHECK(tensor.scalar_type() == at::kFloat && tensor.device().is_cpu(), name, " must be float32 on a CPU");
+  TORCH_CHECK(tensor.dim() < 4 || tensor.size(3) <= 1 || tensor.stride(3) == 1, name, " must have a contiguous last axis");
+}
+
+Problem describe(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                 const std::optional<at::Tensor>& sink_values, const at::Tensor& first_real, int64_t window,
+                 bool is_causal) {
+  check(query, "query");
+  check(key, "key");
+  check(value, "value");
+  TORCH_CHECK(query.size(1) % key.size(1) == 0 && query.size(2) <= key.size(2) && key.sizes() == value.sizes() &&
+                  query.size(3) == key.size(3),
+              "query (batch, heads, seq, head_dim) does not fit key and value (batch, kv_heads, keys, head_dim)");
+  TORCH_CHECK(window >= 1, "window must be at least 1");
+  TORCH_CHECK(first_real.scalar_type() == at::kLong && first_real.is_contiguous() && first_real.numel() == query.size(0),
+              "first_real must be int64 (batch,)");
+  return {query.size(0), query.size(1), key.size(1), query.size(2), key.size(2),
+          query.size(3), std::min(window, key.size(2)), sink_values ? sink_values->size(2) : 0, is_causal};
+}
+
+// (batch, heads, seq, dim), which lies in memory as (batch, seq, heads, dim).
+at::Tensor empty_states(const at::Tensor& like) {
+  return at::empty({like.size(0), like.size(2), like.size(1), like.size(3)}, like.options()).transpose(1, 2);
+}
+
+std::tuple<at::Tensor, at::Tensor> window_forward(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                                                  const std::optional<at::Tensor>& sink_logits,
+                                                  const std::optional<at::Tensor>& sink_values,
+                                                  const std::optional<at::Tensor>& far_value,
+                                                  const std::optional<at::Tensor>& far_logit, const at::Tensor& first_real,
+                                                  int64_t window, bool is_causal) {
+  const Problem problem = describe(query, key, value, sink_values, first_real, window, is_causal);
+  for (const auto& part : {sink_logits, sink_values, far_value}) if (part) check(*part, "sinks and far field");
+  at::Tensor output = empty_states(query);
+  at::Tensor log_total = at::empty({problem.batch, problem.heads, problem.length}, query.options());
+  const Rows queries(query), keys(key), values(value), sink_scores(sink_logits), sinks(sink_values), far_values(far_value),
+      far_logits(far_logit), outputs(output), log_totals(log_total);
+  const int64_t* first_reals = first_real.data_ptr<int64_t>();
+  const int64_t before = problem.slots - problem.length, dim = problem.dim, width = problem.width();
+
+  for_tasks(problem, [&](int64_t begin, int64_t end) {
+    const int64_t most_keys = problem.span() + problem.behind() + problem.ahead() + BLOCK;
+    const Scratch packed_keys(most_keys * width), packed_values(most_keys * width), packed_sinks(problem.sinks * width);
+    Block block(dim, width);
+    for (int64_t index = begin; index < end; index++) {
+      const Task task(problem, index);
+      if (task.queries.count() <= 0) continue;
+      const Range reach = problem.reach(task.queries);
+      pack_rows(keys.of(task.batch, task.kv_head), reach, reach, dim, width, packed_keys);
+      pack_rows(values.of(task.batch, task.kv_head), reach, reach, dim, width, packed_values);
+      const Range all_sinks = {0, problem.sinks};
+      if (problem.sinks) pack_rows(sinks.of(task.batch, task.kv_head), all_sinks, all_sinks, dim, width, packed_sinks);
+      const int64_t first = first_reals[task.batch];
+
+      for (int64_t head = task.kv_head * problem.groups(); head < (task.kv_head + 1) * problem.groups(); head++) {
+        for (int64_t slot = task.queries.start / BLOCK * BLOCK; slot < task.queries.end; slot += BLOCK) {
+          const Range rows = {slot - before, slot - before + BLOCK};
+          const Range present = {std::max<int64_t>(rows.start, 0), std::min(rows.end, problem.length)};
+          block.start(queries.of(task.batch, head), far_values.of(task.batch, head), far_logits.of(task.batch, head), rows,
+                      present);
+          if (problem.sinks)
+            block.take_sinks(sink_scores.of(task.batch, head), packed_sinks, problem.sinks, rows, present);
+          const Range seen = problem.reach({slot, slot + BLOCK});
+          for (int64_t place = seen.start; place < seen.end; place += BLOCK) {
+            const Band band = problem.band(slot, place, first);
+            if (band.padding == band.keys && band.offset != 0) continue;
+            const int64_t skipped = (place - reach.start) * width;
+            block.take_keys(band, packed_keys + skipped, packed_values + skipped);
+          }
+          block.finish(outputs.of(task.batch, head), log_totals.of(task.batch, head), rows, present);
+        }
+      }
+    }
+  });
+  return {output, log_total};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(kermit_hf, m) {
+  m.def(
+      "window_forward(Tensor query, Tensor key, Tensor value, Tensor? sink_logits, Tensor? sink_values, Tensor? far_value, "
+      "Tensor? far_logit, Tensor first_real, int window, bool is_causal) -> (Tensor, Tensor)",
+      &window_forward);
+}
