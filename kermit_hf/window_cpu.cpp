@@ -185,6 +185,27 @@ void transpose(const float* from, int64_t width, float* to) {
   }
 }
 
+template <int64_t rows>
+inline void product_columns(int64_t depth, int64_t width, const float* a, int64_t a_row, const float* b, float* c) {
+  for (; width >= TILE_VECTORS * LANES; width -= TILE_VECTORS * LANES, b += TILE_VECTORS * LANES, c += TILE_VECTORS * LANES)
+    product_tile<rows, TILE_VECTORS>(depth, a, a_row, 1, b, BLOCK, c, BLOCK, false);
+  switch (width / LANES) {
+    case 3: return product_tile<rows, 3>(depth, a, a_row, 1, b, BLOCK, c, BLOCK, false);
+    case 2: return product_tile<rows, 2>(depth, a, a_row, 1, b, BLOCK, c, BLOCK, false);
+    case 1: return product_tile<rows, 1>(depth, a, a_row, 1, b, BLOCK, c, BLOCK, false);
+  }
+}
+
+// These columns of C (rows, BLOCK) = A (rows, depth) B (depth, BLOCK), for up to TILE_ROWS rows `a_row` apart.
+[[gnu::noinline]] void product_band(int64_t rows, int64_t depth, Range columns, const float* a, int64_t a_row,
+                                    const float* b, float* c) {
+  b += columns.start, c += columns.start;
+  // Whole groups, and what is left of a whole tile.
+  if (rows == TILE_ROWS) return product_columns<TILE_ROWS>(depth, columns.count(), a, a_row, b, c);
+  if (rows == BLOCK % TILE_ROWS) return product_columns<BLOCK % TILE_ROWS>(depth, columns.count(), a, a_row, b, c);
+  product(rows, depth, columns.count(), a, a_row, 1, b, BLOCK, c, BLOCK);
+}
+
 // The columns of a few rows of a tile that `columns` leaves out become zeros.
 inline void clear_outside(Range columns, int64_t rows, float* tile) {
   for (int64_t row = 0; row < rows; row++, tile += BLOCK) {
@@ -245,22 +266,21 @@ class Block {
       const int64_t count = std::min(TILE_ROWS, band.keys - key);
       const Range columns = band.columns_of(key, count);
       clear_outside(columns, count, scores_ + key * BLOCK);
-      product(count, dim_, columns.count(), keys + key * width_, width_, 1, queries_ + columns.start, BLOCK,
-              scores_ + key * BLOCK + columns.start, BLOCK);
+      product_band(count, dim_, columns, keys + key * width_, width_, queries_, scores_ + key * BLOCK);
       find_largest(band, {key, key + count}, largest, largest);
     }
     take_scores(band, largest, values);
   }
 
-  // output (batch, heads, length, dim) and the logarithm of each query's sum of exponentials, (batch, heads, length).
-  void finish(const Rows& output, const Rows& log_total, Range rows, Range present) {
+  void finish(const Rows& output, const Rows& largest, const Rows& share, Range rows, Range present) {
     for (int64_t row = present.start; row < present.end; row++) {
       const int64_t query = row - rows.start;
       const float* sums = sums_ + query * width_;
-      const float share = 1.0f / total_[query];
+      const float factor = 1.0f / total_[query];
       float* out = output[row];
-      for (int64_t i = 0; i < dim_; i++) out[i] = share * sums[i];
-      *log_total[row] = largest_[query] + std::log(total_[query]);
+      for (int64_t i = 0; i < dim_; i++) out[i] = factor * sums[i];
+      *largest[row] = largest_[query];
+      *share[row] = factor;
     }
   }
 
@@ -346,7 +366,9 @@ at::Tensor empty_states(const at::Tensor& like) {
   return at::empty({like.size(0), like.size(2), like.size(1), like.size(3)}, like.options()).transpose(1, 2);
 }
 
-std::tuple<at::Tensor, at::Tensor> window_forward(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+// output (batch, heads, seq, dim); of each query the largest score, and one divided by the sum of all e^(score - largest), both
+// (batch, heads, seq).
+std::tuple<at::Tensor, at::Tensor, at::Tensor> window_forward(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                                                   const std::optional<at::Tensor>& sink_logits,
                                                   const std::optional<at::Tensor>& sink_values,
                                                   const std::optional<at::Tensor>& far_value,
@@ -355,9 +377,10 @@ std::tuple<at::Tensor, at::Tensor> window_forward(const at::Tensor& query, const
   const Problem problem = describe(query, key, value, sink_values, first_real, window, is_causal);
   for (const auto& part : {sink_logits, sink_values, far_value}) if (part) check(*part, "sinks and far field");
   at::Tensor output = empty_states(query);
-  at::Tensor log_total = at::empty({problem.batch, problem.heads, problem.length}, query.options());
+  at::Tensor largest = at::empty({problem.batch, problem.heads, problem.length}, query.options());
+  at::Tensor share = at::empty_like(largest);
   const Rows queries(query), keys(key), values(value), sink_scores(sink_logits), sinks(sink_values), far_values(far_value),
-      far_logits(far_logit), outputs(output), log_totals(log_total);
+      far_logits(far_logit), outputs(output), most(largest), shares(share);
   const int64_t* first_reals = first_real.data_ptr<int64_t>();
   const int64_t before = problem.slots - problem.length, dim = problem.dim, width = problem.width();
 
@@ -390,12 +413,12 @@ std::tuple<at::Tensor, at::Tensor> window_forward(const at::Tensor& query, const
             const int64_t skipped = (place - reach.start) * width;
             block.take_keys(band, packed_keys + skipped, packed_values + skipped);
           }
-          block.finish(outputs.of(task.batch, head), log_totals.of(task.batch, head), rows, present);
+          block.finish(outputs.of(task.batch, head), most.of(task.batch, head), shares.of(task.batch, head), rows, present);
         }
       }
     }
   });
-  return {output, log_total};
+  return {output, largest, share};
 }
 
 }  // namespace
@@ -403,6 +426,6 @@ std::tuple<at::Tensor, at::Tensor> window_forward(const at::Tensor& query, const
 TORCH_LIBRARY_FRAGMENT(kermit_hf, m) {
   m.def(
       "window_forward(Tensor query, Tensor key, Tensor value, Tensor? sink_logits, Tensor? sink_values, Tensor? far_value, "
-      "Tensor? far_logit, Tensor first_real, int window, bool is_causal) -> (Tensor, Tensor)",
+      "Tensor? far_logit, Tensor first_real, int window, bool is_causal) -> (Tensor, Tensor, Tensor)",
       &window_forward);
 }

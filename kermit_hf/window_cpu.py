@@ -42,8 +42,8 @@ class _FusedWindow(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *arguments):
-        output, log_total = load_cpu_kernels("kermit_hf").window_forward(*arguments)
-        ctx.save_for_backward(*arguments[:-2], output, log_total)
+        output, *sums = load_cpu_kernels("kermit_hf").window_forward(*arguments)
+        ctx.save_for_backward(*arguments[:-2], output, *sums)
         ctx.window, ctx.is_causal = arguments[-2:]
         return output
 
