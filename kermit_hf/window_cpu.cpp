@@ -11,6 +11,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <sys/mman.h>
 #include <torch/library.h>
 
 #include <cmath>
@@ -94,6 +95,9 @@ struct Band {
   }
 };
 
+// Keys which every query sees.
+Band all_see(int64_t keys) { return {keys, 0, BLOCK, BLOCK, 0}; }
+
 struct Problem {
   int64_t batch, heads, kv_heads, length, slots, dim, window, sinks;
   bool is_causal;
@@ -119,15 +123,22 @@ struct Problem {
 
 // A span of slots of one key head.
 struct Task {
-  int64_t batch, kv_head;
-  Range slots, queries;  // all slots, and those that have queries
+  int64_t batch, kv_head, span;
+  Range slots, queries;  // all slots, and those that have queries, perhaps none
 
   // Key heads come first: those of one token lie next to each other.
   Task(const Problem& problem, int64_t index) : batch(index / problem.kv_heads / problem.spans()) {
     kv_head = index % problem.kv_heads;
-    const int64_t start = index / problem.kv_heads % problem.spans() * problem.span();
-    slots = {start, std::min(start + problem.span(), problem.slots)};
-    queries = {std::max(start, problem.slots - problem.length), slots.end};
+    span = index / problem.kv_heads % problem.spans();
+    slots = {span * problem.span(), std::min((span + 1) * problem.span(), problem.slots)};
+    queries = {std::clamp(problem.slots - problem.length, slots.start, slots.end), slots.end};
+  }
+
+  // Slots of the span and of all keys its queries see.
+  Range reach(const Problem& problem) const {
+    if (queries.count() == 0) return slots;
+    const Range seen = problem.reach(queries);
+    return {std::min(slots.start, seen.start), std::max(slots.end, seen.end)};
   }
 };
 
@@ -144,6 +155,16 @@ void pack_rows(const Rows& from, Range range, Range present, int64_t dim, int64_
     if (count) std::memcpy(to, from[row], count * sizeof(float));
     std::fill(to + count, to + width, 0.0f);
   }
+}
+
+// The way back, for `count` rows.
+void unpack_rows(const float* from, int64_t count, int64_t dim, int64_t width, float* to, int64_t stride) {
+  for (int64_t row = 0; row < count; row++) std::memcpy(to + row * stride, from + row * width, dim * sizeof(float));
+}
+
+void add_rows(const float* from, int64_t count, int64_t dim, float* to, int64_t stride) {
+  for (int64_t row = 0; row < count; row++)
+    for (int64_t i = 0; i < dim; i++) to[row * stride + i] += from[row * dim + i];
 }
 
 // Swaps the blocks off the diagonal of each square of 2 * half rows and columns.
@@ -206,6 +227,13 @@ inline void product_columns(int64_t depth, int64_t width, const float* a, int64_
   product(rows, depth, columns.count(), a, a_row, 1, b, BLOCK, c, BLOCK);
 }
 
+// Logits (BLOCK, sinks) of a few sinks from `first` on, as a tile of scores.
+void pack_sink_logits(const Rows& logits, int64_t first, int64_t count, Range rows, Range present, float* tile) {
+  for (int64_t sink = 0; sink < count; sink++)
+    for (int64_t row = rows.start; row < rows.end; row++)
+      *tile++ = present.start <= row && row < present.end ? logits[row][first + sink] : NOTHING;
+}
+
 // The columns of a few rows of a tile that `columns` leaves out become zeros.
 inline void clear_outside(Range columns, int64_t rows, float* tile) {
   for (int64_t row = 0; row < rows; row++, tile += BLOCK) {
@@ -248,11 +276,8 @@ class Block {
 
   void take_sinks(const Rows& logits, const float* values, int64_t sinks, Range rows, Range present) {
     for (int64_t first = 0; first < sinks; first += BLOCK) {
-      const Band band = {std::min(BLOCK, sinks - first), 0, BLOCK, BLOCK, 0};
-      for (int64_t sink = 0; sink < band.keys; sink++)
-        for (int64_t row = rows.start; row < rows.end; row++)
-          scores_[sink * BLOCK + row - rows.start] =
-              present.start <= row && row < present.end ? logits[row][first + sink] : NOTHING;
+      const Band band = all_see(std::min(BLOCK, sinks - first));
+      pack_sink_logits(logits, first, band.keys, rows, present, scores_);
       float largest[BLOCK];
       find_largest(band, {0, band.keys}, largest_, largest);
       take_scores(band, largest, values + first * width_);
@@ -340,6 +365,130 @@ class Block {
   float largest_[BLOCK], total_[BLOCK];
 };
 
+// A block of queries on the way back: each weight is again e^(score - largest) * share.
+class GradientBlock {
+ public:
+  GradientBlock(int64_t dim, int64_t width)
+      : dim_(dim),
+        width_(width),
+        queries_(BLOCK * width),
+        query_columns_(BLOCK * width),
+        grads_(BLOCK * width),
+        grad_columns_(BLOCK * width),
+        weights_(BLOCK * BLOCK),
+        grad_scores_(BLOCK * BLOCK),
+        grad_queries_(BLOCK * width) {}
+
+  void start(const Rows& query, const Rows& grad, const Rows& output, const Rows& largest, const Rows& share, Range rows,
+             Range present) {
+    pack_rows(query, rows, present, dim_, width_, queries_);
+    transpose(queries_, width_, query_columns_);
+    pack_rows(grad, rows, present, dim_, width_, grads_);
+    transpose(grads_, width_, grad_columns_);
+    std::fill(grad_queries_ + 0, grad_queries_ + BLOCK * width_, 0.0f);
+    for (int64_t query = 0; query < BLOCK; query++) {
+      const int64_t row = rows.start + query;
+      const bool exists = present.start <= row && row < present.end;
+      largest_[query] = exists ? *largest[row] : 0.0f;
+      share_[query] = exists ? *share[row] : 0.0f;
+      agreement_[query] = exists ? dot(grads_ + query * width_, output[row]) : 0.0f;
+    }
+  }
+
+  void take_far(const Rows& value, const Rows& logit, const Rows& grad_value, const Rows& grad_logit, Range rows,
+                Range present) {
+    for (int64_t column = 0; column < BLOCK; column += LANES) {
+      float logits[LANES];
+      for (int64_t i = 0; i < LANES; i++) {
+        const int64_t row = rows.start + column + i;
+        logits[i] = present.start <= row && row < present.end ? *logit[row] : NOTHING;
+      }
+      store(weights_ + column, weigh(load(logits), column));
+    }
+    for (int64_t row = present.start; row < present.end; row++) {
+      const int64_t query = row - rows.start;
+      const float weight = weights_[query];
+      const float* grad = grads_ + query * width_;
+      float* to = grad_value[row];
+      for (int64_t i = 0; i < dim_; i++) to[i] = weight * grad[i];
+      *grad_logit[row] = weight * (dot(grad, value[row]) - agreement_[query]);
+    }
+  }
+
+  // grad_values (sinks, width) are added to.
+  void take_sinks(const Rows& logits, const float* values, int64_t sinks, Range rows, Range present,
+                  const Rows& grad_logits, float* grad_values) {
+    for (int64_t first = 0; first < sinks; first += BLOCK) {
+      const Band band = all_see(std::min(BLOCK, sinks - first));
+      pack_sink_logits(logits, first, band.keys, rows, present, weights_);
+      for (int64_t sink = 0; sink < band.keys; sink += TILE_ROWS)
+        take_rows(band, sink, values + first * width_, grad_values + first * width_);
+      for (int64_t row = present.start; row < present.end; row++)
+        for (int64_t sink = 0; sink < band.keys; sink++)
+          grad_logits[row][first + sink] = grad_scores_[sink * BLOCK + row - rows.start];
+    }
+  }
+
+  // grad_keys and grad_values (keys, width) are added to.
+  void take_keys(const Band& band, const float* keys, const float* values, float* grad_keys, float* grad_values) {
+    for (int64_t key = 0; key < band.keys; key += TILE_ROWS) {
+      const int64_t count = std::min(TILE_ROWS, band.keys - key);
+      clear_outside(band.columns_of(key, count), count, grad_scores_ + key * BLOCK);
+      product_band(count, dim_, band.columns_of(key, count), keys + key * width_, width_, query_columns_,
+                   weights_ + key * BLOCK);
+      take_rows(band, key, values, grad_values);
+      const Range seen = band.queries_of(key, count);
+      product(count, seen.count(), width_, grad_scores_ + key * BLOCK + seen.start, BLOCK, 1,
+              queries_ + seen.start * width_, width_, grad_keys + key * width_, width_, true);
+    }
+    add_to_queries(band, grad_scores_, keys, width_, grad_queries_);
+  }
+
+  void finish(const Rows& grad_query, Range rows, Range present) {
+    for (int64_t row = present.start; row < present.end; row++)
+      std::memcpy(grad_query[row], grad_queries_ + (row - rows.start) * width_, dim_ * sizeof(float));
+  }
+
+ private:
+  // Turns the scores of a few keys into weights, finds the scores' gradient and adds to that of the values.
+  void take_rows(const Band& band, int64_t key, const float* values, float* grad_values) {
+    const int64_t count = std::min(TILE_ROWS, band.keys - key);
+    const Range columns = band.columns_of(key, count), seen = band.queries_of(key, count);
+    product_band(count, dim_, columns, values + key * width_, width_, grad_columns_, grad_scores_ + key * BLOCK);
+    const bool hides_some = band.hides_some();
+    for (int64_t column = columns.start; column < columns.end; column += LANES) {
+      for (int64_t row = key; row < key + count; row++) {
+        float *weight_place = weights_ + row * BLOCK + column, *grad_place = grad_scores_ + row * BLOCK + column;
+        Vector scores = load(weight_place);
+        if (hides_some) scores = band.hide(scores, row, column);
+        const Vector weights = weigh(scores, column);
+        store(weight_place, weights);
+        store(grad_place, weights * (load(grad_place) - load(agreement_ + column)));
+      }
+    }
+    product(count, seen.count(), width_, weights_ + key * BLOCK + seen.start, BLOCK, 1, grads_ + seen.start * width_,
+            width_, grad_values + key * width_, width_, true);
+  }
+
+  Vector weigh(Vector scores, int64_t column) const {
+    return exponential(scores - load(largest_ + column)) * load(share_ + column);
+  }
+
+  float dot(const float* packed, const float* row) const {
+    Vector sums = {};
+    int64_t i = 0;
+    for (; i + LANES <= dim_; i += LANES) sums += load(packed + i) * load(row + i);
+    float sum = sum_of(sums);
+    for (; i < dim_; i++) sum += packed[i] * row[i];
+    return sum;
+  }
+
+  int64_t dim_, width_;
+  // Rows of queries and of the output's gradient, and the same by columns; tiles (keys, BLOCK).
+  Scratch queries_, query_columns_, grads_, grad_columns_, weights_, grad_scores_, grad_queries_;
+  float largest_[BLOCK], share_[BLOCK], agreement_[BLOCK];
+};
+
 void check(const at::Tensor& tensor, const char* name) {
   TORCH_CHECK(tensor.scalar_type() == at::kFloat && tensor.device().is_cpu(), name, " must be float32 on a CPU");
   TORCH_CHECK(tensor.dim() < 4 || tensor.size(3) <= 1 || tensor.stride(3) == 1, name, " must have a contiguous last axis");
@@ -361,9 +510,19 @@ Problem describe(const at::Tensor& query, const at::Tensor& key, const at::Tenso
           query.size(3), std::min(window, key.size(2)), sink_values ? sink_values->size(2) : 0, is_causal};
 }
 
+// New memory comes page by page, with a fault for each: large ones save most of these.
+void ask_for_large_pages(const at::Tensor& tensor) {
+  constexpr uintptr_t PAGE = 2 << 20;
+  const uintptr_t start = reinterpret_cast<uintptr_t>(tensor.data_ptr()), first = (start + PAGE - 1) / PAGE * PAGE;
+  const uintptr_t last = (start + tensor.nbytes()) / PAGE * PAGE;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+}
+
 // (batch, heads, seq, dim), which lies in memory as (batch, seq, heads, dim).
 at::Tensor empty_states(const at::Tensor& like) {
-  return at::empty({like.size(0), like.size(2), like.size(1), like.size(3)}, like.options()).transpose(1, 2);
+  at::Tensor states = at::empty({like.size(0), like.size(2), like.size(1), like.size(3)}, like.options()).transpose(1, 2);
+  ask_for_large_pages(states);
+  return states;
 }
 
 // output (batch, heads, seq, dim); of each query the largest score, and one divided by the sum of all e^(score - largest), both
@@ -390,8 +549,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> window_forward(const at::Tensor& 
     Block block(dim, width);
     for (int64_t index = begin; index < end; index++) {
       const Task task(problem, index);
-      if (task.queries.count() <= 0) continue;
-      const Range reach = problem.reach(task.queries);
+      if (task.queries.count() == 0) continue;
+      const Range reach = task.reach(problem);
       pack_rows(keys.of(task.batch, task.kv_head), reach, reach, dim, width, packed_keys);
       pack_rows(values.of(task.batch, task.kv_head), reach, reach, dim, width, packed_values);
       const Range all_sinks = {0, problem.sinks};
@@ -421,6 +580,146 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> window_forward(const at::Tensor& 
   return {output, largest, share};
 }
 
+// As `like` lies in memory, if it is dense.
+at::Tensor empty_gradient(const at::Tensor& like) {
+  at::Tensor gradient = at::empty_like(like);
+  ask_for_large_pages(gradient);
+  return gradient;
+}
+
+std::optional<at::Tensor> empty_gradient(const std::optional<at::Tensor>& like) {
+  return like ? std::optional(empty_gradient(*like)) : std::nullopt;
+}
+
+// Gradients of keys and values which belong to other spans than that of the queries they come from, until these are done:
+// (batch, kv_heads, spans, before or after the span, keys or values, rows, dim).
+class Borders {
+ public:
+  Borders(const Problem& problem, const at::Tensor& like)
+      : rows(round_up(problem.behind(), BLOCK)),
+        dim_(problem.dim),
+        partial_(at::empty({problem.batch * problem.kv_heads * problem.spans(), 2, 2, rows, problem.dim}, like.options())),
+        data_(partial_.data_ptr<float>()) {}
+
+  // Row 0 is the first one behind the span, or `rows` before its start.
+  float* at(int64_t task, bool after, bool is_value) const {
+    return data_ + ((task * 2 + after) * 2 + is_value) * rows * dim_;
+  }
+
+  const int64_t rows;
+
+ private:
+  int64_t dim_;
+  at::Tensor partial_;
+  float* data_;
+};
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, std::optional<at::Tensor>, std::optional<at::Tensor>,
+           std::optional<at::Tensor>, std::optional<at::Tensor>>
+window_backward(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                const std::optional<at::Tensor>& sink_logits, const std::optional<at::Tensor>& sink_values,
+                const std::optional<at::Tensor>& far_value, const std::optional<at::Tensor>& far_logit,
+                const at::Tensor& first_real, const at::Tensor& output, const at::Tensor& largest, const at::Tensor& share,
+                const at::Tensor& grad, int64_t window, bool is_causal) {
+  const Problem problem = describe(query, key, value, sink_values, first_real, window, is_causal);
+  check(grad, "grad");
+  at::Tensor grad_query = empty_gradient(query), grad_key = empty_gradient(key), grad_value = empty_gradient(value);
+  const auto grad_sink_logits = empty_gradient(sink_logits), grad_far_value = empty_gradient(far_value),
+             grad_far_logit = empty_gradient(far_logit);
+  // Of each span's queries, to be summed.
+  std::optional<at::Tensor> grad_sinks;
+  if (sink_values)
+    grad_sinks = at::empty({problem.batch, problem.kv_heads, problem.spans(), problem.sinks, problem.dim}, query.options());
+  const Borders borders(problem, key);
+
+  const Rows queries(query), keys(key), values(value), sink_scores(sink_logits), sinks(sink_values), far_values(far_value),
+      far_logits(far_logit), outputs(output), most(largest), shares(share), grads(grad), grad_queries(grad_query),
+      grad_keys(grad_key), grad_values(grad_value), grad_sink_scores(grad_sink_logits), grad_far_values(grad_far_value),
+      grad_far_logits(grad_far_logit);
+  const int64_t* first_reals = first_real.data_ptr<int64_t>();
+  const int64_t before = problem.slots - problem.length, dim = problem.dim, width = problem.width();
+
+  for_tasks(problem, [&](int64_t begin, int64_t end) {
+    const int64_t most_keys = problem.span() + problem.behind() + problem.ahead() + 2 * BLOCK;
+    const Scratch packed_keys(most_keys * width), packed_values(most_keys * width), packed_sinks(problem.sinks * width);
+    const Scratch key_sums(most_keys * width), value_sums(most_keys * width), sink_sums(problem.sinks * width);
+    GradientBlock block(dim, width);
+    for (int64_t index = begin; index < end; index++) {
+      const Task task(problem, index);
+      const Range reach = task.reach(problem);
+      pack_rows(keys.of(task.batch, task.kv_head), reach, reach, dim, width, packed_keys);
+      pack_rows(values.of(task.batch, task.kv_head), reach, reach, dim, width, packed_values);
+      const Range all_sinks = {0, problem.sinks};
+      if (problem.sinks) pack_rows(sinks.of(task.batch, task.kv_head), all_sinks, all_sinks, dim, width, packed_sinks);
+      std::fill(key_sums + 0, key_sums + reach.count() * width, 0.0f);
+      std::fill(value_sums + 0, value_sums + reach.count() * width, 0.0f);
+      std::fill(sink_sums + 0, sink_sums + problem.sinks * width, 0.0f);
+      const int64_t first = first_reals[task.batch];
+
+      for (int64_t head = task.kv_head * problem.groups(); head < (task.kv_head + 1) * problem.groups(); head++) {
+        for (int64_t slot = task.queries.start / BLOCK * BLOCK; slot < task.queries.end; slot += BLOCK) {
+          const Range rows = {slot - before, slot - before + BLOCK};
+          const Range present = {std::max<int64_t>(rows.start, 0), std::min(rows.end, problem.length)};
+          block.start(queries.of(task.batch, head), grads.of(task.batch, head), outputs.of(task.batch, head),
+                      most.of(task.batch, head), shares.of(task.batch, head), rows, present);
+          if (far_value)
+            block.take_far(far_values.of(task.batch, head), far_logits.of(task.batch, head),
+                           grad_far_values.of(task.batch, head), grad_far_logits.of(task.batch, head), rows, present);
+          if (problem.sinks)
+            block.take_sinks(sink_scores.of(task.batch, head), packed_sinks, problem.sinks, rows, present,
+                             grad_sink_scores.of(task.batch, head), sink_sums);
+          const Range seen = problem.reach({slot, slot + BLOCK});
+          for (int64_t place = seen.start; place < seen.end; place += BLOCK) {
+            const Band band = problem.band(slot, place, first);
+            if (band.padding == band.keys && band.offset != 0) continue;
+            const int64_t skipped = (place - reach.start) * width;
+            block.take_keys(band, packed_keys + skipped, packed_values + skipped, key_sums + skipped,
+                            value_sums + skipped);
+          }
+          block.finish(grad_queries.of(task.batch, head), rows, present);
+        }
+      }
+
+      if (grad_sinks) {
+        const int64_t place = (task.batch * problem.kv_heads + task.kv_head) * problem.spans() + task.span;
+        unpack_rows(sink_sums, problem.sinks, dim, width, grad_sinks->data_ptr<float>() + place * problem.sinks * dim, dim);
+      }
+      for (const bool is_value : {false, true}) {
+        const float* sums = is_value ? value_sums : key_sums;
+        const Rows own = (is_value ? grad_values : grad_keys).of(task.batch, task.kv_head);
+        const int64_t earlier = task.slots.start - reach.start;
+        unpack_rows(sums + earlier * width, task.slots.count(), dim, width, own[task.slots.start], own.stride);
+        unpack_rows(sums, earlier, dim, width, borders.at(index, false, is_value) + (borders.rows - earlier) * dim, dim);
+        unpack_rows(sums + (task.slots.end - reach.start) * width, reach.end - task.slots.end, dim, width,
+                    borders.at(index, true, is_value), dim);
+      }
+    }
+  });
+
+  // Each span takes what its neighbours have for it.
+  for_tasks(problem, [&](int64_t begin, int64_t end) {
+    for (int64_t index = begin; index < end; index++) {
+      const Task task(problem, index);
+      for (const bool is_value : {false, true}) {
+        const Rows own = (is_value ? grad_values : grad_keys).of(task.batch, task.kv_head);
+        if (task.span + 1 < problem.spans()) {
+          const int64_t next = index + problem.kv_heads;
+          const int64_t count = task.slots.end - Task(problem, next).reach(problem).start;
+          add_rows(borders.at(next, false, is_value) + (borders.rows - count) * dim, count, dim,
+                   own[task.slots.end - count], own.stride);
+        }
+        if (task.span > 0) {
+          const int64_t last = index - problem.kv_heads;
+          const int64_t count = Task(problem, last).reach(problem).end - task.slots.start;
+          add_rows(borders.at(last, true, is_value), count, dim, own[task.slots.start], own.stride);
+        }
+      }
+    }
+  });
+  if (grad_sinks) grad_sinks = grad_sinks->sum(2);
+  return {grad_query, grad_key, grad_value, grad_sink_logits, grad_sinks, grad_far_value, grad_far_logit};
+}
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(kermit_hf, m) {
@@ -428,4 +727,9 @@ TORCH_LIBRARY_FRAGMENT(kermit_hf, m) {
       "window_forward(Tensor query, Tensor key, Tensor value, Tensor? sink_logits, Tensor? sink_values, Tensor? far_value, "
       "Tensor? far_logit, Tensor first_real, int window, bool is_causal) -> (Tensor, Tensor, Tensor)",
       &window_forward);
+  m.def(
+      "window_backward(Tensor query, Tensor key, Tensor value, Tensor? sink_logits, Tensor? sink_values, Tensor? far_value, "
+      "Tensor? far_logit, Tensor first_real, Tensor output, Tensor largest, Tensor share, Tensor grad, int window, "
+      "bool is_causal) -> (Tensor, Tensor, Tensor, Tensor?, Tensor?, Tensor?, Tensor?)",
+      &window_backward);
 }
