@@ -58,6 +58,10 @@ def find_window(query: torch.Tensor, num_sinks: int) -> Callable[..., WindowOutp
 
     Raises `ValueError` if the chosen backend cannot run on their device.
     """
+    if CHOICE.serves("cpp", query) and _fits_cpu_kernels(query):
+        from .window_cpu import window_fused
+
+        return window_fused
     if CHOICE.serves("triton", query) and fits_kernels(query) and num_sinks <= MAX_SINKS:
         from .window_triton import window_merged
 
@@ -84,6 +88,12 @@ def find_kernel(
         forms = {"additive": fla_additive_chunked, "delta": fla_delta_chunked}
         return Kernel(forms[update_rule], map_queries, map_keys)
     return None
+
+
+def _fits_cpu_kernels(states: torch.Tensor) -> bool:
+    """Whether our kernels for CPUs take such states: neither `torch.compile` nor `torch.func` can look into them."""
+    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return states.dtype == torch.float32 and not traced
 
 
 def _has_triton_kernel(

@@ -50,5 +50,7 @@ class _FusedWindow(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        grads = load_cpu_kernels("kermit_hf").window_backward(*ctx.saved_tensors, _rows(grad), ctx.window, ctx.is_causal)
+        grads = load_cpu_kernels("kermit_hf").window_backward(
+            *ctx.saved_tensors, _rows(grad), ctx.window, ctx.is_causal
+        )
         return *grads, None, None, None

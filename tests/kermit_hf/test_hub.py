@@ -38,6 +38,7 @@ class TestKermitOnTheHub(GenerativeHubRoundTrip):
         "backends.py",
         "cache_kermit.py",
         "checkpoints.py",
+        "cpu_kernels.py",
         "feature_maps.py",
         "fla_kernels.py",
         "kermit_attention.py",
@@ -48,6 +49,7 @@ class TestKermitOnTheHub(GenerativeHubRoundTrip):
         "triton_tiles.py",
         "validation.py",
         "window_attention.py",
+        "window_cpu.py",
         "window_triton.py",
     ]
     pushed_heads: ClassVar = ["AutoModelForCausalLM", "AutoModelForSequenceClassification"]
