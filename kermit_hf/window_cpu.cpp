@@ -14,7 +14,6 @@
 #include <sys/mman.h>
 #include <torch/library.h>
 
-#include <cmath>
 #include <optional>
 #include <tuple>
 #include <utility>
@@ -39,7 +38,8 @@ struct Range {
   }
 };
 
-// Rows of a tensor (batch, heads, rows, dim) whose last axis is contiguous, or of (batch, heads, rows); null where there is none.
+// Rows of a tensor (batch, heads, rows, dim) whose last axis is contiguous, or of (batch, heads, rows); null where there is
+// none.
 struct Rows {
   float* data = nullptr;
   int64_t batch_stride = 0, head_stride = 0, stride = 0;
@@ -525,16 +525,16 @@ at::Tensor empty_states(const at::Tensor& like) {
   return states;
 }
 
-// output (batch, heads, seq, dim); of each query the largest score, and one divided by the sum of all e^(score - largest), both
-// (batch, heads, seq).
-std::tuple<at::Tensor, at::Tensor, at::Tensor> window_forward(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
-                                                  const std::optional<at::Tensor>& sink_logits,
-                                                  const std::optional<at::Tensor>& sink_values,
-                                                  const std::optional<at::Tensor>& far_value,
-                                                  const std::optional<at::Tensor>& far_logit, const at::Tensor& first_real,
-                                                  int64_t window, bool is_causal) {
+// output (batch, heads, seq, dim); of each query the largest score, and its share, one divided by the sum of all
+// e^(score - largest), both (batch, heads, seq).
+std::tuple<at::Tensor, at::Tensor, at::Tensor>
+window_forward(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+               const std::optional<at::Tensor>& sink_logits, const std::optional<at::Tensor>& sink_values,
+               const std::optional<at::Tensor>& far_value, const std::optional<at::Tensor>& far_logit,
+               const at::Tensor& first_real, int64_t window, bool is_causal) {
   const Problem problem = describe(query, key, value, sink_values, first_real, window, is_causal);
-  for (const auto& part : {sink_logits, sink_values, far_value}) if (part) check(*part, "sinks and far field");
+  for (const auto& part : {sink_logits, sink_values, far_value, far_logit})
+    if (part) check(*part, "a tensor of sinks or far field");
   at::Tensor output = empty_states(query);
   at::Tensor largest = at::empty({problem.batch, problem.heads, problem.length}, query.options());
   at::Tensor share = at::empty_like(largest);
@@ -592,24 +592,28 @@ std::optional<at::Tensor> empty_gradient(const std::optional<at::Tensor>& like) 
 }
 
 // Gradients of keys and values which belong to other spans than that of the queries they come from, until these are done:
-// (batch, kv_heads, spans, before or after the span, keys or values, rows, dim).
+// (before, and without causality also after the span; tasks; keys and values; rows, dim).
 class Borders {
  public:
   Borders(const Problem& problem, const at::Tensor& like)
       : rows(round_up(problem.behind(), BLOCK)),
         dim_(problem.dim),
-        partial_(at::empty({problem.batch * problem.kv_heads * problem.spans(), 2, 2, rows, problem.dim}, like.options())),
-        data_(partial_.data_ptr<float>()) {}
-
-  // Row 0 is the first one behind the span, or `rows` before its start.
-  float* at(int64_t task, bool after, bool is_value) const {
-    return data_ + ((task * 2 + after) * 2 + is_value) * rows * dim_;
+        tasks_(problem.batch * problem.kv_heads * problem.spans()),
+        partial_(at::empty({problem.is_causal ? 1 : 2, tasks_, 2, rows, problem.dim}, like.options())),
+        data_(partial_.data_ptr<float>()) {
+    ask_for_large_pages(partial_);
   }
+
+  // The `count` rows next to the span.
+  float* before(int64_t task, bool is_value, int64_t count) const {
+    return data_ + ((task * 2 + is_value + 1) * rows - count) * dim_;
+  }
+  float* after(int64_t task, bool is_value) const { return data_ + ((tasks_ + task) * 2 + is_value) * rows * dim_; }
 
   const int64_t rows;
 
  private:
-  int64_t dim_;
+  int64_t dim_, tasks_;
   at::Tensor partial_;
   float* data_;
 };
@@ -689,9 +693,10 @@ window_backward(const at::Tensor& query, const at::Tensor& key, const at::Tensor
         const Rows own = (is_value ? grad_values : grad_keys).of(task.batch, task.kv_head);
         const int64_t earlier = task.slots.start - reach.start;
         unpack_rows(sums + earlier * width, task.slots.count(), dim, width, own[task.slots.start], own.stride);
-        unpack_rows(sums, earlier, dim, width, borders.at(index, false, is_value) + (borders.rows - earlier) * dim, dim);
+        unpack_rows(sums, earlier, dim, width, borders.before(index, is_value, earlier), dim);
+        if (is_causal) continue;
         unpack_rows(sums + (task.slots.end - reach.start) * width, reach.end - task.slots.end, dim, width,
-                    borders.at(index, true, is_value), dim);
+                    borders.after(index, is_value), dim);
       }
     }
   });
@@ -705,13 +710,12 @@ window_backward(const at::Tensor& query, const at::Tensor& key, const at::Tensor
         if (task.span + 1 < problem.spans()) {
           const int64_t next = index + problem.kv_heads;
           const int64_t count = task.slots.end - Task(problem, next).reach(problem).start;
-          add_rows(borders.at(next, false, is_value) + (borders.rows - count) * dim, count, dim,
-                   own[task.slots.end - count], own.stride);
+          add_rows(borders.before(next, is_value, count), count, dim, own[task.slots.end - count], own.stride);
         }
-        if (task.span > 0) {
+        if (!is_causal && task.span > 0) {
           const int64_t last = index - problem.kv_heads;
           const int64_t count = Task(problem, last).reach(problem).end - task.slots.start;
-          add_rows(borders.at(last, true, is_value), count, dim, own[task.slots.start], own.stride);
+          add_rows(borders.after(last, is_value), count, dim, own[task.slots.start], own.stride);
         }
       }
     }
