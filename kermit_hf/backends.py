@@ -66,6 +66,10 @@ def find_window(query: torch.Tensor, num_sinks: int) -> Callable[..., WindowOutp
 
     Raises `ValueError` if the chosen backend cannot run on their device.
     """
+    if CHOICE.serves("cpp", query) and takes_cpu_tensors(query):
+        from .window_cpu import window_fused
+
+        return window_fused
     if CHOICE.serves("triton", query) and fits_kernels(query) and num_sinks <= MAX_SINKS:
         from .window_triton import window_merged
 

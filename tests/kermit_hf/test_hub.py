@@ -52,6 +52,7 @@ class TestKermitOnTheHub(GenerativeHubRoundTrip):
         "triton_tiles.py",
         "validation.py",
         "window_attention.py",
+        "window_cpu.py",
         "window_triton.py",
     ]
     pushed_heads: ClassVar = ["AutoModelForCausalLM", "AutoModelForSequenceClassification"]

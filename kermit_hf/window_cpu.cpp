@@ -1,0 +1,739 @@
+// The near field and its merging with sinks and far field on a CPU: the formula of window_attention.py, block by block.
+//
+// A block of queries meets the keys it sees tile by tile, under a running softmax (Dao et al. 2022, arXiv 2205.14135) which
+// starts from the far field, as one token with its own logit, and from the sinks. Tiles of scores are (keys, queries): a
+// softmax then runs along whole vectors. Blocks and tiles begin at slots that are multiples of BLOCK, so that most tiles are
+// seen either by all queries of a block or by none; of the others only those vectors are computed that some query sees.
+//
+// A task is a span of slots, with all query heads that share a key head, so that its keys and values are packed once.
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <sys/mman.h>
+#include <torch/library.h>
+
+#include <optional>
+#include <tuple>
+#include <utility>
+
+#include "vector_tiles.h"
+
+namespace {
+
+using namespace tiles;
+
+constexpr int64_t BLOCK = 64, SPAN = 8 * BLOCK;
+constexpr float NOTHING = -std::numeric_limits<float>::infinity();
+// Where the largest score starts: finite, so that a logit of -inf is a weight of zero.
+constexpr float LOWEST = -1e30f;
+
+struct Range {
+  int64_t start, end;
+  int64_t count() const { return end - start; }
+  Range clipped(int64_t size) const {
+    const int64_t first = std::clamp<int64_t>(start, 0, size);
+    return {first, std::clamp(end, first, size)};
+  }
+};
+
+// Rows of a tensor (batch, heads, rows, dim) whose last axis is contiguous, or of (batch, heads, rows); null where there is
+// none.
+struct Rows {
+  float* data = nullptr;
+  int64_t batch_stride = 0, head_stride = 0, stride = 0;
+
+  Rows() = default;
+  Rows(const at::Tensor& tensor)
+      : data(tensor.data_ptr<float>()),
+        batch_stride(tensor.stride(0)),
+        head_stride(tensor.stride(1)),
+        stride(tensor.stride(2)) {}
+  Rows(const std::optional<at::Tensor>& tensor) : Rows(tensor ? Rows(*tensor) : Rows()) {}
+
+  Rows of(int64_t batch, int64_t head) const {
+    Rows rows = *this;
+    rows.data += batch * batch_stride + head * head_stride;
+    return rows;
+  }
+  float* operator[](int64_t row) const { return data + row * stride; }
+};
+
+// Which of a block of queries see which of a tile of keys.
+struct Band {
+  int64_t keys;           // in the tile, at most BLOCK
+  int64_t offset;         // from the first query's slot to the first key's
+  int64_t behind, ahead;  // how many slots a query sees to either side of its own
+  int64_t padding;        // so many keys, the first ones, are padding: each is seen by its own query only
+
+  Range queries_of(int64_t key, int64_t count) const {
+    return Range{key + offset - ahead, key + count + offset + behind}.clipped(BLOCK);
+  }
+  Range keys_of(int64_t query, int64_t count) const {
+    return Range{query - offset - behind, query + count - offset + ahead}.clipped(keys);
+  }
+  // `queries_of` in whole vectors.
+  Range columns_of(int64_t key, int64_t count) const {
+    const Range queries = queries_of(key, count);
+    return queries.count() == 0 ? queries : Range{queries.start / LANES * LANES, round_up(queries.end)};
+  }
+  bool hides_some() const { return padding > 0 || keys - 1 + offset > ahead || BLOCK - 1 - offset > behind; }
+  // Scores of one key for the queries from `column` on, -inf where they do not see it.
+  Vector hide(Vector scores, int64_t key, int64_t column) const {
+    static const IntVector lanes = first_numbers(std::make_index_sequence<LANES>());
+    const int32_t own = key + offset - column;
+    const int32_t first = key < padding ? own : own - ahead;
+    const int32_t last = key < padding ? own : own + behind;
+    return (lanes >= first) & (lanes <= last) ? scores : fill(NOTHING);
+  }
+
+ private:
+  template <size_t... number>
+  static IntVector first_numbers(std::index_sequence<number...>) {
+    return IntVector{static_cast<int32_t>(number)...};
+  }
+};
+
+// Keys which every query sees.
+Band all_see(int64_t keys) { return {keys, 0, BLOCK, BLOCK, 0}; }
+
+struct Problem {
+  int64_t batch, heads, kv_heads, length, slots, dim, window, sinks;
+  bool is_causal;
+
+  int64_t groups() const { return heads / kv_heads; }
+  int64_t width() const { return round_up(dim); }
+  // Slots that a query sees behind and ahead of its own.
+  int64_t behind() const { return window - 1; }
+  int64_t ahead() const { return is_causal ? 0 : window - 1; }
+  // A span holds all keys that another one's queries see outside of their own span.
+  int64_t span() const { return std::max(SPAN, round_up(window - 1, BLOCK)); }
+  int64_t spans() const { return (slots + span() - 1) / span(); }
+  // Slots of the keys that queries in these slots see, in whole tiles.
+  Range reach(Range queries) const {
+    const int64_t first = std::max<int64_t>(queries.start - behind(), 0) / BLOCK * BLOCK;
+    return {first, std::min(queries.end + ahead(), slots)};
+  }
+  Band band(int64_t query_slot, int64_t key_slot, int64_t first_real) const {
+    const int64_t keys = std::min(BLOCK, slots - key_slot);
+    return {keys, key_slot - query_slot, behind(), ahead(), std::clamp<int64_t>(first_real - key_slot, 0, keys)};
+  }
+};
+
+// A span of slots of one key head.
+struct Task {
+  int64_t batch, kv_head, span;
+  Range slots, queries;  // all slots, and those that have queries, perhaps none
+
+  // Key heads come first: those of one token lie next to each other.
+  Task(const Problem& problem, int64_t index) : batch(index / problem.kv_heads / problem.spans()) {
+    kv_head = index % problem.kv_heads;
+    span = index / problem.kv_heads % problem.spans();
+    slots = {span * problem.span(), std::min((span + 1) * problem.span(), problem.slots)};
+    queries = {std::clamp(problem.slots - problem.length, slots.start, slots.end), slots.end};
+  }
+
+  // Slots of the span and of all keys its queries see.
+  Range reach(const Problem& problem) const {
+    if (queries.count() == 0) return slots;
+    const Range seen = problem.reach(queries);
+    return {std::min(slots.start, seen.start), std::max(slots.end, seen.end)};
+  }
+};
+
+template <class Function>
+void for_tasks(const Problem& problem, Function function) {
+  const int64_t count = problem.batch * problem.spans() * problem.kv_heads;
+  at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) { function(begin, end); });
+}
+
+// Rows `range` one after the other, `width` apart, with zeros up to it and for rows outside of `present`.
+void pack_rows(const Rows& from, Range range, Range present, int64_t dim, int64_t width, float* to) {
+  for (int64_t row = range.start; row < range.end; row++, to += width) {
+    const int64_t count = present.start <= row && row < present.end ? dim : 0;
+    if (count) std::memcpy(to, from[row], count * sizeof(float));
+    std::fill(to + count, to + width, 0.0f);
+  }
+}
+
+// The way back, for `count` rows.
+void unpack_rows(const float* from, int64_t count, int64_t dim, int64_t width, float* to, int64_t stride) {
+  for (int64_t row = 0; row < count; row++) std::memcpy(to + row * stride, from + row * width, dim * sizeof(float));
+}
+
+void add_rows(const float* from, int64_t count, int64_t dim, float* to, int64_t stride) {
+  for (int64_t row = 0; row < count; row++)
+    for (int64_t i = 0; i < dim; i++) to[row * stride + i] += from[row * dim + i];
+}
+
+// Swaps the blocks off the diagonal of each square of 2 * half rows and columns.
+template <int64_t half, size_t... lane>
+inline void swap_blocks(Vector* rows, std::index_sequence<lane...>) {
+#pragma GCC unroll 16
+  for (int64_t row = 0; row < LANES; row++) {
+    if (row & half) continue;
+    const Vector upper = rows[row], lower = rows[row + half];
+#if defined(__clang__)
+    rows[row] = __builtin_shufflevector(upper, lower, (lane & half ? lane - half + LANES : lane)...);
+    rows[row + half] = __builtin_shufflevector(upper, lower, (lane & half ? lane + LANES : lane + half)...);
+#else
+    rows[row] = __builtin_shuffle(upper, lower, IntVector{(lane & half ? lane - half + LANES : lane)...});
+    rows[row + half] = __builtin_shuffle(upper, lower, IntVector{(lane & half ? lane + LANES : lane + half)...});
+#endif
+  }
+}
+
+template <int64_t half>
+inline void transpose_square(Vector* rows) {
+  if constexpr (half > 0) {
+    swap_blocks<half>(rows, std::make_index_sequence<LANES>());
+    transpose_square<half / 2>(rows);
+  }
+}
+
+// (BLOCK, width) -> (width, BLOCK)
+void transpose(const float* from, int64_t width, float* to) {
+  for (int64_t column = 0; column < width; column += LANES) {
+    for (int64_t row = 0; row < BLOCK; row += LANES) {
+      Vector square[LANES];
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < LANES; i++) square[i] = load(from + (row + i) * width + column);
+      transpose_square<LANES / 2>(square);
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < LANES; i++) store(to + (column + i) * BLOCK + row, square[i]);
+    }
+  }
+}
+
+template <int64_t rows>
+inline void product_columns(int64_t depth, int64_t width, const float* a, int64_t a_row, const float* b, float* c) {
+  for (; width >= TILE_VECTORS * LANES; width -= TILE_VECTORS * LANES, b += TILE_VECTORS * LANES, c += TILE_VECTORS * LANES)
+    product_tile<rows, TILE_VECTORS>(depth, a, a_row, 1, b, BLOCK, c, BLOCK, false);
+  switch (width / LANES) {
+    case 3: return product_tile<rows, 3>(depth, a, a_row, 1, b, BLOCK, c, BLOCK, false);
+    case 2: return product_tile<rows, 2>(depth, a, a_row, 1, b, BLOCK, c, BLOCK, false);
+    case 1: return product_tile<rows, 1>(depth, a, a_row, 1, b, BLOCK, c, BLOCK, false);
+  }
+}
+
+// These columns of C (rows, BLOCK) = A (rows, depth) B (depth, BLOCK), for up to TILE_ROWS rows `a_row` apart.
+[[gnu::noinline]] void product_band(int64_t rows, int64_t depth, Range columns, const float* a, int64_t a_row,
+                                    const float* b, float* c) {
+  b += columns.start, c += columns.start;
+  // Whole groups, and what is left of a whole tile.
+  if (rows == TILE_ROWS) return product_columns<TILE_ROWS>(depth, columns.count(), a, a_row, b, c);
+  if (rows == BLOCK % TILE_ROWS) return product_columns<BLOCK % TILE_ROWS>(depth, columns.count(), a, a_row, b, c);
+  product(rows, depth, columns.count(), a, a_row, 1, b, BLOCK, c, BLOCK);
+}
+
+// Logits (BLOCK, sinks) of a few sinks from `first` on, as a tile of scores.
+void pack_sink_logits(const Rows& logits, int64_t first, int64_t count, Range rows, Range present, float* tile) {
+  for (int64_t sink = 0; sink < count; sink++)
+    for (int64_t row = rows.start; row < rows.end; row++)
+      *tile++ = present.start <= row && row < present.end ? logits[row][first + sink] : NOTHING;
+}
+
+// The columns of a few rows of a tile that `columns` leaves out become zeros.
+inline void clear_outside(Range columns, int64_t rows, float* tile) {
+  for (int64_t row = 0; row < rows; row++, tile += BLOCK) {
+    for (int64_t column = 0; column < columns.start; column += LANES) store(tile + column, Vector{});
+    for (int64_t column = columns.end; column < BLOCK; column += LANES) store(tile + column, Vector{});
+  }
+}
+
+// sums (BLOCK, width) += tile (keys, BLOCK)^T rows (keys, width), over those pairs that see each other.
+void add_to_queries(const Band& band, const float* tile, const float* rows, int64_t width, float* sums) {
+  for (int64_t query = 0; query < BLOCK; query += TILE_ROWS) {
+    const int64_t count = std::min(TILE_ROWS, BLOCK - query);
+    const Range keys = band.keys_of(query, count);
+    product(count, keys.count(), width, tile + keys.start * BLOCK + query, 1, BLOCK, rows + keys.start * width, width,
+            sums + query * width, width, true);
+  }
+}
+
+// A block of queries with its running softmax: what of each query's scores has been taken up so far.
+class Block {
+ public:
+  Block(int64_t dim, int64_t width)
+      : dim_(dim), width_(width), queries_(BLOCK * width), scores_(BLOCK * BLOCK), sums_(BLOCK * width) {}
+
+  // Starts from the far field, or from nothing.
+  void start(const Rows& query, const Rows& far_value, const Rows& far_logit, Range rows, Range present) {
+    pack_rows(query, rows, present, dim_, width_, sums_);
+    transpose(sums_, width_, queries_);
+    std::fill(largest_, largest_ + BLOCK, LOWEST);
+    std::fill(total_, total_ + BLOCK, 0.0f);
+    pack_rows(far_value, rows, far_value.data ? present : Range{0, 0}, dim_, width_, sums_);
+    if (far_value.data == nullptr) return;
+    for (int64_t row = present.start; row < present.end; row++) {
+      const float logit = *far_logit[row];
+      largest_[row - rows.start] = std::max(LOWEST, logit);
+      total_[row - rows.start] = logit > LOWEST ? 1.0f : 0.0f;
+    }
+    scale_sums(total_);
+  }
+
+  void take_sinks(const Rows& logits, const float* values, int64_t sinks, Range rows, Range present) {
+    for (int64_t first = 0; first < sinks; first += BLOCK) {
+      const Band band = all_see(std::min(BLOCK, sinks - first));
+      pack_sink_logits(logits, first, band.keys, rows, present, scores_);
+      float largest[BLOCK];
+      find_largest(band, {0, band.keys}, largest_, largest);
+      take_scores(band, largest, values + first * width_);
+    }
+  }
+
+  void take_keys(const Band& band, const float* keys, const float* values) {
+    float largest[BLOCK];
+    std::copy(largest_, largest_ + BLOCK, largest);
+    for (int64_t key = 0; key < band.keys; key += TILE_ROWS) {
+      const int64_t count = std::min(TILE_ROWS, band.keys - key);
+      const Range columns = band.columns_of(key, count);
+      clear_outside(columns, count, scores_ + key * BLOCK);
+      product_band(count, dim_, columns, keys + key * width_, width_, queries_, scores_ + key * BLOCK);
+      find_largest(band, {key, key + count}, largest, largest);
+    }
+    take_scores(band, largest, values);
+  }
+
+  void finish(const Rows& output, const Rows& largest, const Rows& share, Range rows, Range present) {
+    for (int64_t row = present.start; row < present.end; row++) {
+      const int64_t query = row - rows.start;
+      const float* sums = sums_ + query * width_;
+      const float factor = 1.0f / total_[query];
+      float* out = output[row];
+      for (int64_t i = 0; i < dim_; i++) out[i] = factor * sums[i];
+      *largest[row] = largest_[query];
+      *share[row] = factor;
+    }
+  }
+
+ private:
+  // Hides what is not seen of the scores of these keys, and finds the largest score of each query.
+  void find_largest(const Band& band, Range keys, const float* before, float* largest) {
+    const bool hides_some = band.hides_some();
+    const Range columns = band.columns_of(keys.start, keys.count());
+    for (int64_t column = columns.start; column < columns.end; column += LANES) {
+      Vector found = load(before + column);
+      for (int64_t key = keys.start; key < keys.end; key++) {
+        float* place = scores_ + key * BLOCK + column;
+        Vector scores = load(place);
+        if (hides_some) store(place, scores = band.hide(scores, key, column));
+        found = larger(scores, found);
+      }
+      store(largest + column, found);
+    }
+  }
+
+  // Takes up a tile of scores after which each query's largest score will be `largest`.
+  void take_scores(const Band& band, const float* largest, const float* values) {
+    float shrink[BLOCK];
+    for (int64_t column = 0; column < BLOCK; column += LANES) {
+      const Vector factor = exponential(load(largest_ + column) - load(largest + column));
+      store(shrink + column, factor);
+      store(total_ + column, factor * load(total_ + column));
+      store(largest_ + column, load(largest + column));
+    }
+    scale_sums(shrink);
+    for (int64_t key = 0; key < band.keys; key += TILE_ROWS) {
+      const int64_t count = std::min(TILE_ROWS, band.keys - key);
+      const Range columns = band.columns_of(key, count);
+      for (int64_t column = columns.start; column < columns.end; column += LANES) {
+        const Vector most = load(largest_ + column);
+        Vector total = load(total_ + column);
+        for (int64_t row = key; row < key + count; row++) {
+          float* place = scores_ + row * BLOCK + column;
+          const Vector weights = exponential(load(place) - most);
+          store(place, weights);
+          total += weights;
+        }
+        store(total_ + column, total);
+      }
+    }
+    add_to_queries(band, scores_, values, width_, sums_);
+  }
+
+  void scale_sums(const float* factors) {
+    float* sums = sums_;
+    for (int64_t query = 0; query < BLOCK; query++, sums += width_)
+      for (int64_t i = 0; i < width_; i += LANES) store(sums + i, factors[query] * load(sums + i));
+  }
+
+  int64_t dim_, width_;
+  Scratch queries_, scores_, sums_;
+  float largest_[BLOCK], total_[BLOCK];
+};
+
+// A block of queries on the way back: each weight is again e^(score - largest) * share.
+class GradientBlock {
+ public:
+  GradientBlock(int64_t dim, int64_t width)
+      : dim_(dim),
+        width_(width),
+        queries_(BLOCK * width),
+        query_columns_(BLOCK * width),
+        grads_(BLOCK * width),
+        grad_columns_(BLOCK * width),
+        weights_(BLOCK * BLOCK),
+        grad_scores_(BLOCK * BLOCK),
+        grad_queries_(BLOCK * width) {}
+
+  void start(const Rows& query, const Rows& grad, const Rows& output, const Rows& largest, const Rows& share, Range rows,
+             Range present) {
+    pack_rows(query, rows, present, dim_, width_, queries_);
+    transpose(queries_, width_, query_columns_);
+    pack_rows(grad, rows, present, dim_, width_, grads_);
+    transpose(grads_, width_, grad_columns_);
+    std::fill(grad_queries_ + 0, grad_queries_ + BLOCK * width_, 0.0f);
+    for (int64_t query = 0; query < BLOCK; query++) {
+      const int64_t row = rows.start + query;
+      const bool exists = present.start <= row && row < present.end;
+      largest_[query] = exists ? *largest[row] : 0.0f;
+      share_[query] = exists ? *share[row] : 0.0f;
+      agreement_[query] = exists ? dot(grads_ + query * width_, output[row]) : 0.0f;
+    }
+  }
+
+  void take_far(const Rows& value, const Rows& logit, const Rows& grad_value, const Rows& grad_logit, Range rows,
+                Range present) {
+    for (int64_t column = 0; column < BLOCK; column += LANES) {
+      float logits[LANES];
+      for (int64_t i = 0; i < LANES; i++) {
+        const int64_t row = rows.start + column + i;
+        logits[i] = present.start <= row && row < present.end ? *logit[row] : NOTHING;
+      }
+      store(weights_ + column, weigh(load(logits), column));
+    }
+    for (int64_t row = present.start; row < present.end; row++) {
+      const int64_t query = row - rows.start;
+      const float weight = weights_[query];
+      const float* grad = grads_ + query * width_;
+      float* to = grad_value[row];
+      for (int64_t i = 0; i < dim_; i++) to[i] = weight * grad[i];
+      *grad_logit[row] = weight * (dot(grad, value[row]) - agreement_[query]);
+    }
+  }
+
+  // grad_values (sinks, width) are added to.
+  void take_sinks(const Rows& logits, const float* values, int64_t sinks, Range rows, Range present,
+                  const Rows& grad_logits, float* grad_values) {
+    for (int64_t first = 0; first < sinks; first += BLOCK) {
+      const Band band = all_see(std::min(BLOCK, sinks - first));
+      pack_sink_logits(logits, first, band.keys, rows, present, weights_);
+      for (int64_t sink = 0; sink < band.keys; sink += TILE_ROWS)
+        take_rows(band, sink, values + first * width_, grad_values + first * width_);
+      for (int64_t row = present.start; row < present.end; row++)
+        for (int64_t sink = 0; sink < band.keys; sink++)
+          grad_logits[row][first + sink] = grad_scores_[sink * BLOCK + row - rows.start];
+    }
+  }
+
+  // grad_keys and grad_values (keys, width) are added to.
+  void take_keys(const Band& band, const float* keys, const float* values, float* grad_keys, float* grad_values) {
+    for (int64_t key = 0; key < band.keys; key += TILE_ROWS) {
+      const int64_t count = std::min(TILE_ROWS, band.keys - key);
+      clear_outside(band.columns_of(key, count), count, grad_scores_ + key * BLOCK);
+      product_band(count, dim_, band.columns_of(key, count), keys + key * width_, width_, query_columns_,
+                   weights_ + key * BLOCK);
+      take_rows(band, key, values, grad_values);
+      const Range seen = band.queries_of(key, count);
+      product(count, seen.count(), width_, grad_scores_ + key * BLOCK + seen.start, BLOCK, 1,
+              queries_ + seen.start * width_, width_, grad_keys + key * width_, width_, true);
+    }
+    add_to_queries(band, grad_scores_, keys, width_, grad_queries_);
+  }
+
+  void finish(const Rows& grad_query, Range rows, Range present) {
+    for (int64_t row = present.start; row < present.end; row++)
+      std::memcpy(grad_query[row], grad_queries_ + (row - rows.start) * width_, dim_ * sizeof(float));
+  }
+
+ private:
+  // Turns the scores of a few keys into weights, finds the scores' gradient and adds to that of the values.
+  void take_rows(const Band& band, int64_t key, const float* values, float* grad_values) {
+    const int64_t count = std::min(TILE_ROWS, band.keys - key);
+    const Range columns = band.columns_of(key, count), seen = band.queries_of(key, count);
+    product_band(count, dim_, columns, values + key * width_, width_, grad_columns_, grad_scores_ + key * BLOCK);
+    const bool hides_some = band.hides_some();
+    for (int64_t column = columns.start; column < columns.end; column += LANES) {
+      for (int64_t row = key; row < key + count; row++) {
+        float *weight_place = weights_ + row * BLOCK + column, *grad_place = grad_scores_ + row * BLOCK + column;
+        Vector scores = load(weight_place);
+        if (hides_some) scores = band.hide(scores, row, column);
+        const Vector weights = weigh(scores, column);
+        store(weight_place, weights);
+        store(grad_place, weights * (load(grad_place) - load(agreement_ + column)));
+      }
+    }
+    product(count, seen.count(), width_, weights_ + key * BLOCK + seen.start, BLOCK, 1, grads_ + seen.start * width_,
+            width_, grad_values + key * width_, width_, true);
+  }
+
+  Vector weigh(Vector scores, int64_t column) const {
+    return exponential(scores - load(largest_ + column)) * load(share_ + column);
+  }
+
+  float dot(const float* packed, const float* row) const {
+    Vector sums = {};
+    int64_t i = 0;
+    for (; i + LANES <= dim_; i += LANES) sums += load(packed + i) * load(row + i);
+    float sum = sum_of(sums);
+    for (; i < dim_; i++) sum += packed[i] * row[i];
+    return sum;
+  }
+
+  int64_t dim_, width_;
+  // Rows of queries and of the output's gradient, and the same by columns; tiles (keys, BLOCK).
+  Scratch queries_, query_columns_, grads_, grad_columns_, weights_, grad_scores_, grad_queries_;
+  float largest_[BLOCK], share_[BLOCK], agreement_[BLOCK];
+};
+
+void check(const at::Tensor& tensor, const char* name) {
+  TORCH_CHECK(tensor.scalar_type() == at::kFloat && tensor.device().is_cpu(), name, " must be float32 on a CPU");
+  TORCH_CHECK(tensor.dim() < 4 || tensor.size(3) <= 1 || tensor.stride(3) == 1, name, " must have a contiguous last axis");
+}
+
+Problem describe(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                 const std::optional<at::Tensor>& sink_values, const at::Tensor& first_real, int64_t window,
+                 bool is_causal) {
+  check(query, "query");
+  check(key, "key");
+  check(value, "value");
+  TORCH_CHECK(query.size(1) % key.size(1) == 0 && query.size(2) <= key.size(2) && key.sizes() == value.sizes() &&
+                  query.size(3) == key.size(3),
+              "query (batch, heads, seq, head_dim) does not fit key and value (batch, kv_heads, keys, head_dim)");
+  TORCH_CHECK(window >= 1, "window must be at least 1");
+  TORCH_CHECK(first_real.scalar_type() == at::kLong && first_real.is_contiguous() && first_real.numel() == query.size(0),
+              "first_real must be int64 (batch,)");
+  return {query.size(0), query.size(1), key.size(1), query.size(2), key.size(2),
+          query.size(3), std::min(window, key.size(2)), sink_values ? sink_values->size(2) : 0, is_causal};
+}
+
+// New memory comes page by page, with a fault for each: large ones save most of these.
+void ask_for_large_pages(const at::Tensor& tensor) {
+  constexpr uintptr_t PAGE = 2 << 20;
+  const uintptr_t start = reinterpret_cast<uintptr_t>(tensor.data_ptr()), first = (start + PAGE - 1) / PAGE * PAGE;
+  const uintptr_t last = (start + tensor.nbytes()) / PAGE * PAGE;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+}
+
+// (batch, heads, seq, dim), which lies in memory as (batch, seq, heads, dim).
+at::Tensor empty_states(const at::Tensor& like) {
+  at::Tensor states = at::empty({like.size(0), like.size(2), like.size(1), like.size(3)}, like.options()).transpose(1, 2);
+  ask_for_large_pages(states);
+  return states;
+}
+
+// output (batch, heads, seq, dim); of each query the largest score, and its share, one divided by the sum of all
+// e^(score - largest), both (batch, heads, seq).
+std::tuple<at::Tensor, at::Tensor, at::Tensor>
+window_forward(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+               const std::optional<at::Tensor>& sink_logits, const std::optional<at::Tensor>& sink_values,
+               const std::optional<at::Tensor>& far_value, const std::optional<at::Tensor>& far_logit,
+               const at::Tensor& first_real, int64_t window, bool is_causal) {
+  const Problem problem = describe(query, key, value, sink_values, first_real, window, is_causal);
+  for (const auto& part : {sink_logits, sink_values, far_value, far_logit})
+    if (part) check(*part, "a tensor of sinks or far field");
+  at::Tensor output = empty_states(query);
+  at::Tensor largest = at::empty({problem.batch, problem.heads, problem.length}, query.options());
+  at::Tensor share = at::empty_like(largest);
+  const Rows queries(query), keys(key), values(value), sink_scores(sink_logits), sinks(sink_values), far_values(far_value),
+      far_logits(far_logit), outputs(output), most(largest), shares(share);
+  const int64_t* first_reals = first_real.data_ptr<int64_t>();
+  const int64_t before = problem.slots - problem.length, dim = problem.dim, width = problem.width();
+
+  for_tasks(problem, [&](int64_t begin, int64_t end) {
+    const int64_t most_keys = problem.span() + problem.behind() + problem.ahead() + BLOCK;
+    const Scratch packed_keys(most_keys * width), packed_values(most_keys * width), packed_sinks(problem.sinks * width);
+    Block block(dim, width);
+    for (int64_t index = begin; index < end; index++) {
+      const Task task(problem, index);
+      if (task.queries.count() == 0) continue;
+      const Range reach = task.reach(problem);
+      pack_rows(keys.of(task.batch, task.kv_head), reach, reach, dim, width, packed_keys);
+      pack_rows(values.of(task.batch, task.kv_head), reach, reach, dim, width, packed_values);
+      const Range all_sinks = {0, problem.sinks};
+      if (problem.sinks) pack_rows(sinks.of(task.batch, task.kv_head), all_sinks, all_sinks, dim, width, packed_sinks);
+      const int64_t first = first_reals[task.batch];
+
+      for (int64_t head = task.kv_head * problem.groups(); head < (task.kv_head + 1) * problem.groups(); head++) {
+        for (int64_t slot = task.queries.start / BLOCK * BLOCK; slot < task.queries.end; slot += BLOCK) {
+          const Range rows = {slot - before, slot - before + BLOCK};
+          const Range present = {std::max<int64_t>(rows.start, 0), std::min(rows.end, problem.length)};
+          block.start(queries.of(task.batch, head), far_values.of(task.batch, head), far_logits.of(task.batch, head), rows,
+                      present);
+          if (problem.sinks)
+            block.take_sinks(sink_scores.of(task.batch, head), packed_sinks, problem.sinks, rows, present);
+          const Range seen = problem.reach({slot, slot + BLOCK});
+          for (int64_t place = seen.start; place < seen.end; place += BLOCK) {
+            const Band band = problem.band(slot, place, first);
+            if (band.padding == band.keys && band.offset != 0) continue;
+            const int64_t skipped = (place - reach.start) * width;
+            block.take_keys(band, packed_keys + skipped, packed_values + skipped);
+          }
+          block.finish(outputs.of(task.batch, head), most.of(task.batch, head), shares.of(task.batch, head), rows, present);
+        }
+      }
+    }
+  });
+  return {output, largest, share};
+}
+
+// As `like` lies in memory, if it is dense.
+at::Tensor empty_gradient(const at::Tensor& like) {
+  at::Tensor gradient = at::empty_like(like);
+  ask_for_large_pages(gradient);
+  return gradient;
+}
+
+std::optional<at::Tensor> empty_gradient(const std::optional<at::Tensor>& like) {
+  return like ? std::optional(empty_gradient(*like)) : std::nullopt;
+}
+
+// Gradients of keys and values which belong to other spans than that of the queries they come from, until these are done:
+// (before, and without causality also after the span; tasks; keys and values; rows, dim).
+class Borders {
+ public:
+  Borders(const Problem& problem, const at::Tensor& like)
+      : rows(round_up(problem.behind(), BLOCK)),
+        dim_(problem.dim),
+        tasks_(problem.batch * problem.kv_heads * problem.spans()),
+        partial_(at::empty({problem.is_causal ? 1 : 2, tasks_, 2, rows, problem.dim}, like.options())),
+        data_(partial_.data_ptr<float>()) {
+    ask_for_large_pages(partial_);
+  }
+
+  // The `count` rows next to the span.
+  float* before(int64_t task, bool is_value, int64_t count) const {
+    return data_ + ((task * 2 + is_value + 1) * rows - count) * dim_;
+  }
+  float* after(int64_t task, bool is_value) const { return data_ + ((tasks_ + task) * 2 + is_value) * rows * dim_; }
+
+  const int64_t rows;
+
+ private:
+  int64_t dim_, tasks_;
+  at::Tensor partial_;
+  float* data_;
+};
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, std::optional<at::Tensor>, std::optional<at::Tensor>,
+           std::optional<at::Tensor>, std::optional<at::Tensor>>
+window_backward(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                const std::optional<at::Tensor>& sink_logits, const std::optional<at::Tensor>& sink_values,
+                const std::optional<at::Tensor>& far_value, const std::optional<at::Tensor>& far_logit,
+                const at::Tensor& first_real, const at::Tensor& output, const at::Tensor& largest, const at::Tensor& share,
+                const at::Tensor& grad, int64_t window, bool is_causal) {
+  const Problem problem = describe(query, key, value, sink_values, first_real, window, is_causal);
+  check(grad, "grad");
+  at::Tensor grad_query = empty_gradient(query), grad_key = empty_gradient(key), grad_value = empty_gradient(value);
+  const auto grad_sink_logits = empty_gradient(sink_logits), grad_far_value = empty_gradient(far_value),
+             grad_far_logit = empty_gradient(far_logit);
+  // Of each span's queries, to be summed.
+  std::optional<at::Tensor> grad_sinks;
+  if (sink_values)
+    grad_sinks = at::empty({problem.batch, problem.kv_heads, problem.spans(), problem.sinks, problem.dim}, query.options());
+  const Borders borders(problem, key);
+
+  const Rows queries(query), keys(key), values(value), sink_scores(sink_logits), sinks(sink_values), far_values(far_value),
+      far_logits(far_logit), outputs(output), most(largest), shares(share), grads(grad), grad_queries(grad_query),
+      grad_keys(grad_key), grad_values(grad_value), grad_sink_scores(grad_sink_logits), grad_far_values(grad_far_value),
+      grad_far_logits(grad_far_logit);
+  const int64_t* first_reals = first_real.data_ptr<int64_t>();
+  const int64_t before = problem.slots - problem.length, dim = problem.dim, width = problem.width();
+
+  for_tasks(problem, [&](int64_t begin, int64_t end) {
+    const int64_t most_keys = problem.span() + problem.behind() + problem.ahead() + 2 * BLOCK;
+    const Scratch packed_keys(most_keys * width), packed_values(most_keys * width), packed_sinks(problem.sinks * width);
+    const Scratch key_sums(most_keys * width), value_sums(most_keys * width), sink_sums(problem.sinks * width);
+    GradientBlock block(dim, width);
+    for (int64_t index = begin; index < end; index++) {
+      const Task task(problem, index);
+      const Range reach = task.reach(problem);
+      pack_rows(keys.of(task.batch, task.kv_head), reach, reach, dim, width, packed_keys);
+      pack_rows(values.of(task.batch, task.kv_head), reach, reach, dim, width, packed_values);
+      const Range all_sinks = {0, problem.sinks};
+      if (problem.sinks) pack_rows(sinks.of(task.batch, task.kv_head), all_sinks, all_sinks, dim, width, packed_sinks);
+      std::fill(key_sums + 0, key_sums + reach.count() * width, 0.0f);
+      std::fill(value_sums + 0, value_sums + reach.count() * width, 0.0f);
+      std::fill(sink_sums + 0, sink_sums + problem.sinks * width, 0.0f);
+      const int64_t first = first_reals[task.batch];
+
+      for (int64_t head = task.kv_head * problem.groups(); head < (task.kv_head + 1) * problem.groups(); head++) {
+        for (int64_t slot = task.queries.start / BLOCK * BLOCK; slot < task.queries.end; slot += BLOCK) {
+          const Range rows = {slot - before, slot - before + BLOCK};
+          const Range present = {std::max<int64_t>(rows.start, 0), std::min(rows.end, problem.length)};
+          block.start(queries.of(task.batch, head), grads.of(task.batch, head), outputs.of(task.batch, head),
+                      most.of(task.batch, head), shares.of(task.batch, head), rows, present);
+          if (far_value)
+            block.take_far(far_values.of(task.batch, head), far_logits.of(task.batch, head),
+                           grad_far_values.of(task.batch, head), grad_far_logits.of(task.batch, head), rows, present);
+          if (problem.sinks)
+            block.take_sinks(sink_scores.of(task.batch, head), packed_sinks, problem.sinks, rows, present,
+                             grad_sink_scores.of(task.batch, head), sink_sums);
+          const Range seen = problem.reach({slot, slot + BLOCK});
+          for (int64_t place = seen.start; place < seen.end; place += BLOCK) {
+            const Band band = problem.band(slot, place, first);
+            if (band.padding == band.keys && band.offset != 0) continue;
+            const int64_t skipped = (place - reach.start) * width;
+            block.take_keys(band, packed_keys + skipped, packed_values + skipped, key_sums + skipped,
+                            value_sums + skipped);
+          }
+          block.finish(grad_queries.of(task.batch, head), rows, present);
+        }
+      }
+
+      if (grad_sinks) {
+        const int64_t place = (task.batch * problem.kv_heads + task.kv_head) * problem.spans() + task.span;
+        unpack_rows(sink_sums, problem.sinks, dim, width, grad_sinks->data_ptr<float>() + place * problem.sinks * dim, dim);
+      }
+      for (const bool is_value : {false, true}) {
+        const float* sums = is_value ? value_sums : key_sums;
+        const Rows own = (is_value ? grad_values : grad_keys).of(task.batch, task.kv_head);
+        const int64_t earlier = task.slots.start - reach.start;
+        unpack_rows(sums + earlier * width, task.slots.count(), dim, width, own[task.slots.start], own.stride);
+        unpack_rows(sums, earlier, dim, width, borders.before(index, is_value, earlier), dim);
+        if (is_causal) continue;
+        unpack_rows(sums + (task.slots.end - reach.start) * width, reach.end - task.slots.end, dim, width,
+                    borders.after(index, is_value), dim);
+      }
+    }
+  });
+
+  // Each span takes what its neighbours have for it.
+  for_tasks(problem, [&](int64_t begin, int64_t end) {
+    for (int64_t index = begin; index < end; index++) {
+      const Task task(problem, index);
+      for (const bool is_value : {false, true}) {
+        const Rows own = (is_value ? grad_values : grad_keys).of(task.batch, task.kv_head);
+        if (task.span + 1 < problem.spans()) {
+          const int64_t next = index + problem.kv_heads;
+          const int64_t count = task.slots.end - Task(problem, next).reach(problem).start;
+          add_rows(borders.before(next, is_value, count), count, dim, own[task.slots.end - count], own.stride);
+        }
+        if (!is_causal && task.span > 0) {
+          const int64_t last = index - problem.kv_heads;
+          const int64_t count = Task(problem, last).reach(problem).end - task.slots.start;
+          add_rows(borders.after(last, is_value), count, dim, own[task.slots.start], own.stride);
+        }
+      }
+    }
+  });
+  if (grad_sinks) grad_sinks = grad_sinks->sum(2);
+  return {grad_query, grad_key, grad_value, grad_sink_logits, grad_sinks, grad_far_value, grad_far_logit};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(kermit_hf, m) {
+  m.def(
+      "window_forward(Tensor query, Tensor key, Tensor value, Tensor? sink_logits, Tensor? sink_values, Tensor? far_value, "
+      "Tensor? far_logit, Tensor first_real, int window, bool is_causal) -> (Tensor, Tensor, Tensor)",
+      &window_forward);
+  m.def(
+      "window_backward(Tensor query, Tensor key, Tensor value, Tensor? sink_logits, Tensor? sink_values, Tensor? far_value, "
+      "Tensor? far_logit, Tensor first_real, Tensor output, Tensor largest, Tensor share, Tensor grad, int window, "
+      "bool is_causal) -> (Tensor, Tensor, Tensor, Tensor?, Tensor?, Tensor?, Tensor?)",
+      &window_backward);
+}

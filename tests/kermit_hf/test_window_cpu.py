@@ -1,0 +1,316 @@
+"""The near field in C++: outputs and gradients = the reference in float64, whatever stands beside the window.
+
+1e-5 relative to the largest entry: float32 rounds scores of about 5 to 6e-7, sums of up to 700 weights to about 2e-6.
+"""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from kermit_hf import kernel_backend, window_cpu
+from kermit_hf.backends import find_window
+from kermit_hf.cpu_kernels import cpu_misfit
+from kermit_hf.window_attention import FarField, Sinks, window_blocked, window_reference
+from kermit_hf.window_cpu import window_fused
+from tests.kermit_hf.test_kernel_attention import assert_close
+from tests.kermit_hf.tiny_models import place, tiny_model, tokens
+
+
+MISFIT = cpu_misfit(torch.device("cpu"))
+pytestmark = pytest.mark.skipif(MISFIT is not None, reason=str(MISFIT))
+TOLERANCE = 1e-5
+
+
+class Case(NamedTuple):
+    """Sizes and which parts there are; `slots` are the keys, of which the last `length` belong to the queries."""
+
+    length: int
+    slots: int
+    head_dim: int
+    window: int
+    batch: int = 1
+    heads: int = 1
+    kv_heads: int = 1
+    sinks: int = 0
+    far: bool = False
+    padded: bool = False
+    is_causal: bool = True
+
+
+EVERYTHING = {"batch": 2, "heads": 4, "kv_heads": 2, "sinks": 3, "far": True, "padded": True}
+CASES = {
+    "near field alone": Case(37, 37, 8, 8),
+    "everything": Case(70, 90, 16, 9, **EVERYTHING),
+    "both ways": Case(70, 70, 16, 9, **EVERYTHING, is_causal=False),
+    "whole blocks": Case(256, 256, 64, 128, heads=2, sinks=4, far=True),
+    "wide window": Case(40, 140, 32, 100, far=True),
+    "window of one": Case(5, 33, 24, 1, batch=2, sinks=1, far=True, padded=True),
+    "one query": Case(1, 50, 16, 20, sinks=2, far=True),
+    "one token": Case(1, 1, 4, 3, far=True),
+    "large heads": Case(35, 35, 128, 20, sinks=4, far=True),
+    "heads that are no whole vectors": Case(130, 150, 19, 40, **EVERYTHING),
+    "more sinks than a tile": Case(70, 70, 16, 9, heads=2, sinks=70, far=True),
+    "several spans": Case(1100, 1300, 8, 128, **EVERYTHING),
+    "several spans, both ways": Case(1100, 1100, 8, 128, **EVERYTHING, is_causal=False),
+    "a window longer than a span": Case(1500, 1500, 8, 700, **EVERYTHING),
+    "a window longer than a span, both ways": Case(1500, 1500, 8, 700, **EVERYTHING, is_causal=False),
+}
+
+
+def make_inputs(case: Case) -> tuple[dict[str, torch.Tensor], int | torch.Tensor]:
+    """Tensors by name, and the first real slot. Some queries see no far field, or not all sinks."""
+    queries, keys = (case.batch, case.heads, case.length), (case.batch, case.kv_heads, case.slots)
+    tensors = {
+        "query": 1.5 * case.head_dim**-0.5 * torch.randn(*queries, case.head_dim),
+        "key": torch.randn(*keys, case.head_dim),
+        "value": torch.randn(*keys, case.head_dim),
+    }
+    if case.sinks:
+        logits = torch.randn(*queries, case.sinks)
+        tensors["sink_logits"] = logits.masked_fill(torch.rand(logits.shape) < 0.3, float("-inf"))
+        tensors["sink_values"] = torch.randn(case.batch, case.kv_heads, case.sinks, case.head_dim)
+    if case.far:
+        logits = torch.randn(queries)
+        tensors["far_value"] = torch.randn(*queries, case.head_dim)
+        tensors["far_logit"] = logits.masked_fill(torch.rand(logits.shape) < 0.3, float("-inf"))
+    return tensors, torch.randint(1, max(case.slots // 2, 2), (case.batch,)) if case.padded else 0
+
+
+def attend(form, tensors: dict[str, torch.Tensor], case: Case, first_real: int | torch.Tensor = 0) -> torch.Tensor:
+    sinks = Sinks(tensors["sink_logits"], tensors["sink_values"]) if case.sinks else None
+    far = FarField(tensors["far_value"], tensors["far_logit"]) if case.far else None
+    states = tensors["query"], tensors["key"], tensors["value"]
+    return form(*states, case.window, first_real, sinks, far, case.is_causal).output
+
+
+def run(form, tensors: dict[str, torch.Tensor], case: Case, first_real: int | torch.Tensor) -> list[torch.Tensor]:
+    """The output and the gradients of its sum with fixed random weights."""
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
+    output = attend(form, leaves, case, first_real)
+    weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(1))
+    return [output, *torch.autograd.grad((output * weights).sum(), list(leaves.values()))]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_outputs_and_gradients_are_those_of_the_reference(name):
+    case = CASES[name]
+    tensors, first_real = make_inputs(case)
+    exact = {name: tensor.double() for name, tensor in tensors.items()}
+    results, targets = run(window_fused, tensors, case, first_real), run(window_reference, exact, case, first_real)
+    for part, result, target in zip(("output", *tensors), results, targets, strict=True):
+        assert result.dtype == torch.float32
+        assert_close(result, target, TOLERANCE, part)
+
+
+def test_every_length_window_and_past_agree_with_the_reference():
+    """All ways in which blocks of 64 queries meet the window's borders."""
+    for length in (1, 7, 63, 64, 65, 128, 200):
+        for window in (1, 2, 63, 64, 65, 129):
+            for past in (0, 1, 70):
+                for is_causal in (True, False):
+                    case = Case(length, length + past, 4, window, far=True, is_causal=is_causal)
+                    tensors, _ = make_inputs(case)
+                    exact = {name: tensor.double() for name, tensor in tensors.items()}
+                    results, targets = run(window_fused, tensors, case, 0), run(window_reference, exact, case, 0)
+                    for part, result, target in zip(("output", *tensors), results, targets, strict=True):
+                        # Rounding is all that is left of a gradient that is zero, where a query sees one token.
+                        close = (result - target).abs().max() < TOLERANCE * target.abs().max().clamp(min=1.0)
+                        assert close, f"{part} of {case}"
+
+
+@pytest.mark.parametrize("name", ["everything", "several spans, both ways"])
+def test_inputs_may_lie_in_any_way_in_memory(name):
+    """As projections leave them, (batch, seq, heads, dim), as a slice of a larger tensor, and with a strided last axis."""
+    case = CASES[name]
+    tensors, first_real = make_inputs(case)
+    expected = run(window_fused, tensors, case, first_real)
+    layouts = (
+        lambda tensor: tensor.transpose(1, 2).contiguous().transpose(1, 2),
+        lambda tensor: torch.cat([tensor, tensor], 2)[:, :, : tensor.shape[2]],
+        lambda tensor: tensor.mT.contiguous().mT if tensor.dim() == 4 else tensor,
+    )
+    for layout in layouts:
+        strided = {name: layout(tensor) for name, tensor in tensors.items()}
+        for result, target in zip(run(window_fused, strided, case, first_real), expected, strict=True):
+            assert torch.equal(result, target)
+
+
+def test_the_gradient_of_a_plain_sum_is_taken_too():
+    """It comes as one number, expanded."""
+    case = CASES["everything"]
+    tensors, first_real = make_inputs(case)
+    leaves = {name: tensor.requires_grad_() for name, tensor in tensors.items()}
+    grads = [
+        torch.autograd.grad(attend(form, leaves, case, first_real).sum(), list(leaves.values()))
+        for form in (window_fused, window_reference)
+    ]
+    for result, target in zip(*grads, strict=True):
+        assert_close(result, target, 1e-4)
+
+
+def test_the_number_of_threads_changes_nothing():
+    """Bit for bit."""
+    case = CASES["several spans, both ways"]
+    tensors, first_real = make_inputs(case)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            results.append(run(window_fused, tensors, case, first_real))
+    finally:
+        torch.set_num_threads(threads)
+    for others in results[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(results[0], others, strict=True))
+
+
+def test_no_query_sees_beyond_its_window():
+    """Bit for bit, and without a gradient."""
+    case = Case(190, 190, 8, 70)
+    tensors, _ = make_inputs(case)
+    before = attend(window_fused, tensors, case)
+    for name in ("key", "value"):
+        changed = tensors[name].clone()
+        changed[:, :, 151:] += 1
+        changed[:, :, :81] += 1
+        leaf = changed.requires_grad_()
+        after = attend(window_fused, {**tensors, name: leaf}, case)
+        assert torch.equal(after[:, :, 150], before[:, :, 150])
+        (grad,) = torch.autograd.grad(after[:, :, 150].sum(), leaf)
+        assert grad[:, :, :81].count_nonzero() == grad[:, :, 151:].count_nonzero() == 0
+        assert (grad[:, :, 81:151] != 0).any(-1).all()
+
+
+@pytest.mark.parametrize("size", [30.0, 300.0])
+def test_large_logits_neither_overflow_nor_lose_the_gradient(size):
+    case = Case(100, 100, 8, 10, sinks=2, far=True)
+    tensors, _ = make_inputs(case)
+    tensors = {name: size * tensor if "value" not in name else tensor for name, tensor in tensors.items()}
+    exact = {name: tensor.double() for name, tensor in tensors.items()}
+    # Scores of up to 1e6 are known to about 0.1 in float32, which decides between close ones.
+    output, *grads = run(window_fused, tensors, case, 0)
+    close = (output - attend(window_reference, exact, case)).abs().amax(-1) < 1e-2
+    assert close.float().mean() > 0.9
+    assert all(result.isfinite().all() for result in (output, *grads))
+
+
+def test_sinks_and_far_field_that_nobody_sees_leave_the_near_field_as_it_is():
+    case = Case(100, 100, 8, 10, sinks=2, far=True)
+    tensors, _ = make_inputs(case)
+    for name in ("sink_logits", "far_logit"):
+        tensors[name].fill_(float("-inf"))
+    output, *grads = run(window_fused, tensors, case, 0)
+    assert torch.equal(output, attend(window_fused, tensors, case._replace(sinks=0, far=False)))
+    for name, grad in zip(tensors, grads, strict=True):
+        assert grad.isfinite().all()
+        assert ("sink" in name or "far" in name) == (grad.count_nonzero() == 0), name
+
+
+# Through the whole model.
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list[str]:
+    """The kernel's calls, forward and backward."""
+    kernels, made = window_cpu.load_cpu_kernels("kermit_hf"), []
+
+    class Recorded:
+        def __getattr__(self, name):
+            def call(*arguments):
+                made.append(name)
+                return getattr(kernels, name)(*arguments)
+
+            return call
+
+    monkeypatch.setattr(window_cpu, "load_cpu_kernels", lambda namespace: Recorded())
+    return made
+
+
+def logits_and_gradients(model, input_ids: torch.Tensor, mask: torch.Tensor) -> list[torch.Tensor]:
+    model.zero_grad()
+    logits = model(input_ids, attention_mask=mask).logits[mask == 1]
+    logits.square().mean().backward()
+    return [
+        logits.detach(),
+        *(parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None),
+    ]
+
+
+@pytest.mark.parametrize("setting", ["delta", "additive", "additive_favor", "hybrid"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_model_gives_the_same_logits_and_gradients(setting, side, calls):
+    model = tiny_model(setting)
+    input_ids, mask = place([tokens(50), tokens(33)], side)
+    with kernel_backend("torch"):
+        expected = logits_and_gradients(model, input_ids, mask)
+    assert calls == []
+    with kernel_backend("cpp"):
+        results = logits_and_gradients(model, input_ids, mask)
+    assert {"window_forward", "window_backward"} <= set(calls)
+    for result, target in zip(results, expected, strict=True):
+        # Rounding passes through two layers whose weights are large.
+        assert_close(result, target, 1e-4)
+
+
+def test_a_model_generates_the_same_text(calls):
+    model = tiny_model("additive")
+    input_ids, mask = place([tokens(30), tokens(21)], "left")
+    texts = []
+    for backend in ("torch", "cpp"):
+        with kernel_backend(backend):
+            texts.append(model.generate(input_ids, attention_mask=mask, max_new_tokens=12, do_sample=False))
+    assert "window_forward" in calls
+    assert torch.equal(*texts)
+
+
+def test_a_cached_text_goes_on_as_if_it_had_been_read_at_once(calls):
+    model, input_ids = tiny_model("additive"), tokens(2, 60)
+    with torch.no_grad(), kernel_backend("cpp"):
+        whole = model(input_ids).logits
+        first = model(input_ids[:, :25], use_cache=True)
+        rest = model(input_ids[:, 25:], past_key_values=first.past_key_values).logits
+    assert "window_forward" in calls
+    assert_close(torch.cat([first.logits, rest], 1), whole, 1e-4)
+
+
+# What is left to PyTorch.
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_dtypes_are_left_to_torch(dtype, calls):
+    with kernel_backend("cpp"):
+        assert find_window(torch.zeros(1, 1, 20, 4), 0) is window_fused
+        assert find_window(torch.zeros(1, 1, 20, 4, dtype=dtype), 0) is window_blocked
+        tiny_model("additive").to(dtype)(tokens(1, 20))
+    assert calls == []
+
+
+def test_torch_compile_and_torch_func_are_left_to_torch(monkeypatch):
+    forms, query = [], torch.zeros(1, 1, 20, 4)
+
+    def choose(states):
+        forms.append(find_window(states, 0))
+        return states.sum()
+
+    with kernel_backend("cpp"):
+        torch.func.grad(choose)(query)
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+        choose(query)
+    assert forms == [window_blocked, window_blocked]
+
+
+def test_dropout_is_left_to_torch(calls):
+    case = Case(40, 40, 8, 10)
+    tensors, _ = make_inputs(case)
+    output = window_fused(tensors["query"], tensors["key"], tensors["value"], case.window, dropout=0.5).output
+    assert output.count_nonzero() < output.numel()
+    assert calls == []
+
+
+def test_a_second_derivative_is_refused():
+    case = Case(40, 40, 8, 10)
+    tensors, _ = make_inputs(case)
+    query = tensors["query"].requires_grad_()
+    (grad,) = torch.autograd.grad(attend(window_fused, tensors, case).square().sum(), query, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
