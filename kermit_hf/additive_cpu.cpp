@@ -166,12 +166,6 @@ struct Lanes {
 };
 constexpr Lanes COLUMNS;
 
-// Asks for rows that will be needed soon.
-void prefetch(int64_t rows, int64_t width, const float* from, int64_t stride) {
-  for (int64_t i = 0; i < rows; i++)
-    for (int64_t j = 0; j < width; j += 16) __builtin_prefetch(from + i * stride + j);
-}
-
 // Small operations on rows of whole vectors.
 
 float dot(int64_t width, const float* a, const float* b) {
@@ -340,7 +334,6 @@ class Reader {
     for (int64_t i = 0; i < rows; i += TILE_ROWS) {
       const int64_t last = std::min(i + TILE_ROWS, rows);
       float *queries = readers_ + i * read_width_, *weights = queries + width;
-      fetch_ahead(b, head, start + CHUNK + i);
       product_of_rows(last - i, width, round_up(last), queries, read_width_, turned_keys_, CHUNK, weights, read_width_);
       mask_future(i, last, weights, read_width_, decays());
       if (decays())
@@ -366,14 +359,6 @@ class Reader {
     const int64_t whole = sizes_.dims / LANES * LANES;
     for (int64_t j = 0; j < whole; j += LANES) store(to + j, load(numerator + j) * factor);
     for (int64_t j = whole; j < sizes_.dims; j++) to[j] = numerator[j] * factor;
-  }
-
-  void fetch_ahead(int64_t b, int64_t head, int64_t token) const {
-    const int64_t rows = std::min(TILE_ROWS, sizes_.length - token), group = head % sizes_.groups();
-    prefetch(rows, sizes_.features, reading_.query.at(b, head, token), reading_.query.stride);
-    if (group > 0) return;
-    prefetch(rows, sizes_.features, reading_.key.at(b, head / sizes_.groups(), token), reading_.key.stride);
-    prefetch(rows, sizes_.dims, reading_.value.at(b, head / sizes_.groups(), token), reading_.value.stride);
   }
 
   void write(int64_t rows) {
@@ -473,7 +458,7 @@ class Differentiator {
     unpack_memory(matrix, normalizer, memories_);
     for (int64_t chunk = 0; chunk < sizes_.chunks(); chunk++) {
       take_chunk(b, h, chunk);
-      write_rows(values_, decayed_keys(), false, [&](int64_t i) { fetch_written(b, h, start_ + CHUNK + i); });
+      write_rows(values_, decayed_keys(), false);
       carry(memory_size(), decays() ? decays_.all : 1.0f, memory(chunk), written_, memory(chunk + 1));
     }
     std::fill_n(+grad_memory_, extended() * width(), 0.0f);
@@ -506,31 +491,9 @@ class Differentiator {
     }
   }
 
-  // What the tokens of a chunk add to a memory: rows^T features, in tiles of rows with `fetch` of the tile's first row before each.
-  template <class Fetch>
-  void write_rows(const float* rows, const float* features, bool add, Fetch fetch) {
-    for (int64_t d = 0; d <= sizes_.dims; d += TILE_ROWS) {
-      fetch(d);
-      product(std::min(TILE_ROWS, sizes_.dims + 1 - d), rows_, width(), rows + d, 1, extended(), features, width(),
-              written_ + d * width(), width(), add);
-    }
-  }
-
-  // Some keys and values, and what belongs to some queries, that will be needed soon.
-  void fetch_written(int64_t b, int64_t h, int64_t token) const {
-    const int64_t rows = std::min(TILE_ROWS, sizes_.length - token);
-    if (token < 0) return;
-    prefetch(rows, sizes_.features, reading_.key.at(b, h, token), reading_.key.stride);
-    prefetch(rows, sizes_.dims, reading_.value.at(b, h, token), reading_.value.stride);
-  }
-
-  void fetch_read(int64_t b, int64_t head, int64_t token) const {
-    const int64_t rows = std::min(TILE_ROWS, sizes_.length - token);
-    if (token < 0) return;
-    prefetch(rows, sizes_.features, reading_.query.at(b, head, token), reading_.query.stride);
-    if (reading_.divide) prefetch(rows, sizes_.dims, reading_.numerator.at(b, head, token), reading_.numerator.stride);
-    if (!gradients_.read_gradient) return;
-    prefetch(rows, sizes_.dims, gradients_.read_gradient->at(b, head, token), gradients_.read_gradient->stride);
+  // What the tokens of a chunk add to a memory, or one more group of heads to it: rows^T features.
+  void write_rows(const float* rows, const float* features, bool add) {
+    product(sizes_.dims + 1, rows_, width(), rows, 1, extended(), features, width(), written_, width(), add);
   }
 
   void take_chunk(int64_t b, int64_t h, int64_t chunk) {
@@ -573,7 +536,6 @@ class Differentiator {
     for (int64_t i = 0; i < rows_; i += TILE_ROWS) {
       const int64_t last = std::min(i + TILE_ROWS, rows_), columns = round_up(last);
       float *weights = weights_ + i * CHUNK, *grad_weights = grad_weights_ + i * CHUNK;
-      fetch_read(b, head, start_ - CHUNK + i);
       product_of_rows(last - i, width(), columns, queries_ + i * width(), width(), turned_keys_, CHUNK, weights, CHUNK);
       mask_future(i, last, weights, CHUNK, decays());
       product_of_rows(last - i, dims + 1, columns, grads_ + i * extended(), extended(), turned_values_, CHUNK, grad_weights, CHUNK);
@@ -598,9 +560,7 @@ class Differentiator {
         finish_features(grad, query, gradients_.query.at(b, head, start_ + j));
       }
     }
-    write_rows(grads_, queries_, add, [&](int64_t i) {
-      if (group == 0) fetch_written(b, h, start_ - CHUNK + i);
-    });
+    write_rows(grads_, queries_, add);
   }
 
   // Gradients of a numerator and, beside them, of its denominator.
