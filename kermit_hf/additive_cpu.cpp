@@ -8,7 +8,6 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include <sys/mman.h>
 
 #include <cmath>
 #include <optional>
@@ -120,37 +119,6 @@ void unpack(int64_t rows, int64_t width, const float* from, int64_t padded, floa
     for (int64_t j = 0; j < whole; j += LANES) store(to + j, load(from + j));
     for (int64_t j = whole; j < width; j++) to[j] = from[j];
   }
-}
-
-template <int64_t step, size_t... lane>
-void swap_lanes(Vector& a, Vector& b, std::index_sequence<lane...>) {
-  const Vector first = __builtin_shufflevector(a, b, (lane & step ? LANES + lane - step : lane)...);
-  b = __builtin_shufflevector(a, b, (lane & step ? LANES + lane : lane + step)...);
-  a = first;
-}
-
-// Transposes a square of vectors by exchanging ever larger blocks off the diagonal.
-template <int64_t step = 1>
-inline void transpose_square(Vector* rows) {
-  if constexpr (step < LANES) {
-#pragma GCC unroll 16
-    for (int64_t i = 0; i < LANES; i++)
-      if (!(i & step)) swap_lanes<step>(rows[i], rows[i + step], std::make_index_sequence<LANES>());
-    transpose_square<2 * step>(rows);
-  }
-}
-
-// (rows, width) -> (width, rows) for a whole number of vectors both ways.
-void transpose(int64_t rows, int64_t width, const float* from, int64_t stride, float* to, int64_t to_stride) {
-  for (int64_t i = 0; i < rows; i += LANES)
-    for (int64_t j = 0; j < width; j += LANES) {
-      Vector square[LANES];
-#pragma GCC unroll 16
-      for (int64_t k = 0; k < LANES; k++) square[k] = load(from + (i + k) * stride + j);
-      transpose_square(square);
-#pragma GCC unroll 16
-      for (int64_t k = 0; k < LANES; k++) store(to + (j + k) * to_stride + i, square[k]);
-    }
 }
 
 struct Lanes {
@@ -384,14 +352,10 @@ class Reader {
   Decays decays_;
 };
 
-// A tensor (batch, heads, seq, dim) that lies as (batch, seq, heads, dim). Large ones ask for large pages, which take a tenth of the
-// time to get.
+// A tensor (batch, heads, seq, dim) that lies as (batch, seq, heads, dim).
 Tensor new_states(int64_t batch, int64_t heads, int64_t length, int64_t dims, const Tensor& like) {
-  constexpr uintptr_t PAGE = 2 << 20;
   const Tensor states = at::empty({batch, length, heads, dims}, like.options());
-  const auto begin = reinterpret_cast<uintptr_t>(states.data_ptr()), end = begin + states.nbytes();
-  const uintptr_t first = (begin + PAGE - 1) / PAGE * PAGE;
-  if (first < end) madvise(reinterpret_cast<void*>(first), (end - first) / PAGE * PAGE, MADV_HUGEPAGE);
+  ask_for_huge_pages(states.data_ptr(), states.nbytes());
   return states.transpose(1, 2);
 }
 

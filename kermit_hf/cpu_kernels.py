@@ -62,10 +62,10 @@ def load_cpu_kernels(namespace: str):
     from torch.utils import cpp_extension
 
     capability = torch.backends.cpu.get_cpu_capability()
-    flags = ["-O3", "-fopenmp", "-ffp-contract=fast", *INSTRUCTIONS.get(capability, ())]
+    flags = ["-O3", "-fopenmp", "-ffp-contract=fast", "-fvisibility=hidden", *INSTRUCTIONS.get(capability, ())]
     versions = [torch.__version__, *flags, *(file.read_text() for file in (HEADER, *SOURCES))]
     name = f"{namespace}_{hashlib.sha256(repr(versions).encode()).hexdigest()[:16]}"
-    root = Path(cpp_extension.get_default_build_root())
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
     library = root / f"{name}.so"
     if library.exists():
         torch.ops.load_library(library)

@@ -6,7 +6,6 @@
 //
 // Triangular matrices, rows CHUNK apart, hold blocks on and below the diagonal only; what is above them is never read.
 
-#include <sys/mman.h>
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -97,37 +96,6 @@ void load_rows(const Tokens& tokens, const Chunk& chunk, int64_t batch, int64_t 
 
 void unpack(int64_t count, int64_t width, int64_t wide, const float* from, float* to, int64_t stride) {
   for (int64_t i = 0; i < count; i++) std::memcpy(to + i * stride, from + i * wide, width * sizeof(float));
-}
-
-template <int64_t step, int... lanes>
-inline void exchange(Vector& a, Vector& b, std::integer_sequence<int, lanes...>) {
-  // Lanes of `b` are numbered after those of `a`.
-  const Vector first = __builtin_shufflevector(a, b, ((lanes & step) ? lanes - step + LANES : lanes)...);
-  b = __builtin_shufflevector(a, b, ((lanes & step) ? lanes + LANES : lanes + step)...);
-  a = first;
-}
-
-template <int64_t step = 1>
-inline void transpose_square(Vector* rows) {
-  if constexpr (step < LANES) {
-#pragma GCC unroll 16
-    for (int64_t i = 0; i < LANES; i++)
-      if (!(i & step)) exchange<step>(rows[i], rows[i + step], std::make_integer_sequence<int, LANES>());
-    transpose_square<2 * step>(rows);
-  }
-}
-
-// (rows, columns), both whole vectors, to (columns, rows).
-void transpose(int64_t rows, int64_t columns, const float* from, int64_t from_row, float* to, int64_t to_row) {
-  for (int64_t i = 0; i < rows; i += LANES)
-    for (int64_t j = 0; j < columns; j += LANES) {
-      Vector square[LANES];
-#pragma GCC unroll 16
-      for (int64_t k = 0; k < LANES; k++) square[k] = load(from + (i + k) * from_row + j);
-      transpose_square(square);
-#pragma GCC unroll 16
-      for (int64_t k = 0; k < LANES; k++) store(to + (j + k) * to_row + i, square[k]);
-    }
 }
 
 // The dot product of each row of `a` with that of `b`; rows are a whole number of vectors.
@@ -399,12 +367,8 @@ void carry(const Sizes& sizes, const Chunk& chunk, ForwardBuffers& buffers) {
   product(features, chunk.rows, dim, buffers.keys, CHUNK, 1, buffers.values, dim, buffers.memory, dim, true);
 }
 
-// Lets the system back a large new tensor by huge pages: each page's first use costs time.
 at::Tensor in_huge_pages(at::Tensor tensor) {
-  constexpr uintptr_t PAGE = 1 << 21;
-  const uintptr_t start = reinterpret_cast<uintptr_t>(tensor.data_ptr()), end = start + tensor.nbytes();
-  const uintptr_t first = (start + PAGE - 1) / PAGE * PAGE, last = end / PAGE * PAGE;
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+  ask_for_huge_pages(tensor.data_ptr(), tensor.nbytes());
   return tensor;
 }
 

@@ -11,7 +11,6 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <sys/mman.h>
 #include <torch/library.h>
 
 #include <optional>
@@ -168,44 +167,6 @@ void add_rows(const float* from, int64_t count, int64_t dim, float* to, int64_t 
 }
 
 // Swaps the blocks off the diagonal of each square of 2 * half rows and columns.
-template <int64_t half, size_t... lane>
-inline void swap_blocks(Vector* rows, std::index_sequence<lane...>) {
-#pragma GCC unroll 16
-  for (int64_t row = 0; row < LANES; row++) {
-    if (row & half) continue;
-    const Vector upper = rows[row], lower = rows[row + half];
-#if defined(__clang__)
-    rows[row] = __builtin_shufflevector(upper, lower, (lane & half ? lane - half + LANES : lane)...);
-    rows[row + half] = __builtin_shufflevector(upper, lower, (lane & half ? lane + LANES : lane + half)...);
-#else
-    rows[row] = __builtin_shuffle(upper, lower, IntVector{(lane & half ? lane - half + LANES : lane)...});
-    rows[row + half] = __builtin_shuffle(upper, lower, IntVector{(lane & half ? lane + LANES : lane + half)...});
-#endif
-  }
-}
-
-template <int64_t half>
-inline void transpose_square(Vector* rows) {
-  if constexpr (half > 0) {
-    swap_blocks<half>(rows, std::make_index_sequence<LANES>());
-    transpose_square<half / 2>(rows);
-  }
-}
-
-// (BLOCK, width) -> (width, BLOCK)
-void transpose(const float* from, int64_t width, float* to) {
-  for (int64_t column = 0; column < width; column += LANES) {
-    for (int64_t row = 0; row < BLOCK; row += LANES) {
-      Vector square[LANES];
-#pragma GCC unroll 16
-      for (int64_t i = 0; i < LANES; i++) square[i] = load(from + (row + i) * width + column);
-      transpose_square<LANES / 2>(square);
-#pragma GCC unroll 16
-      for (int64_t i = 0; i < LANES; i++) store(to + (column + i) * BLOCK + row, square[i]);
-    }
-  }
-}
-
 template <int64_t rows>
 inline void product_columns(int64_t depth, int64_t width, const float* a, int64_t a_row, const float* b, float* c) {
   for (; width >= TILE_VECTORS * LANES; width -= TILE_VECTORS * LANES, b += TILE_VECTORS * LANES, c += TILE_VECTORS * LANES)
@@ -261,7 +222,7 @@ class Block {
   // Starts from the far field, or from nothing.
   void start(const Rows& query, const Rows& far_value, const Rows& far_logit, Range rows, Range present) {
     pack_rows(query, rows, present, dim_, width_, sums_);
-    transpose(sums_, width_, queries_);
+    transpose(BLOCK, width_, sums_, width_, queries_, BLOCK);
     std::fill(largest_, largest_ + BLOCK, LOWEST);
     std::fill(total_, total_ + BLOCK, 0.0f);
     pack_rows(far_value, rows, far_value.data ? present : Range{0, 0}, dim_, width_, sums_);
@@ -382,9 +343,9 @@ class GradientBlock {
   void start(const Rows& query, const Rows& grad, const Rows& output, const Rows& largest, const Rows& share, Range rows,
              Range present) {
     pack_rows(query, rows, present, dim_, width_, queries_);
-    transpose(queries_, width_, query_columns_);
+    transpose(BLOCK, width_, queries_, width_, query_columns_, BLOCK);
     pack_rows(grad, rows, present, dim_, width_, grads_);
-    transpose(grads_, width_, grad_columns_);
+    transpose(BLOCK, width_, grads_, width_, grad_columns_, BLOCK);
     std::fill(grad_queries_ + 0, grad_queries_ + BLOCK * width_, 0.0f);
     for (int64_t query = 0; query < BLOCK; query++) {
       const int64_t row = rows.start + query;
@@ -510,18 +471,10 @@ Problem describe(const at::Tensor& query, const at::Tensor& key, const at::Tenso
           query.size(3), std::min(window, key.size(2)), sink_values ? sink_values->size(2) : 0, is_causal};
 }
 
-// New memory comes page by page, with a fault for each: large ones save most of these.
-void ask_for_large_pages(const at::Tensor& tensor) {
-  constexpr uintptr_t PAGE = 2 << 20;
-  const uintptr_t start = reinterpret_cast<uintptr_t>(tensor.data_ptr()), first = (start + PAGE - 1) / PAGE * PAGE;
-  const uintptr_t last = (start + tensor.nbytes()) / PAGE * PAGE;
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-}
-
 // (batch, heads, seq, dim), which lies in memory as (batch, seq, heads, dim).
 at::Tensor empty_states(const at::Tensor& like) {
   at::Tensor states = at::empty({like.size(0), like.size(2), like.size(1), like.size(3)}, like.options()).transpose(1, 2);
-  ask_for_large_pages(states);
+  ask_for_huge_pages(states.data_ptr(), states.nbytes());
   return states;
 }
 
@@ -583,7 +536,7 @@ window_forward(const at::Tensor& query, const at::Tensor& key, const at::Tensor&
 // As `like` lies in memory, if it is dense.
 at::Tensor empty_gradient(const at::Tensor& like) {
   at::Tensor gradient = at::empty_like(like);
-  ask_for_large_pages(gradient);
+  ask_for_huge_pages(gradient.data_ptr(), gradient.nbytes());
   return gradient;
 }
 
@@ -601,7 +554,7 @@ class Borders {
         tasks_(problem.batch * problem.kv_heads * problem.spans()),
         partial_(at::empty({problem.is_causal ? 1 : 2, tasks_, 2, rows, problem.dim}, like.options())),
         data_(partial_.data_ptr<float>()) {
-    ask_for_large_pages(partial_);
+    ask_for_huge_pages(partial_.data_ptr(), partial_.nbytes());
   }
 
   // The `count` rows next to the span.

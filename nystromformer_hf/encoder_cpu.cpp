@@ -74,7 +74,9 @@ void for_spans(const Sizes& sizes, const Work& work) {
 
 // States (batch, heads, tokens, dim), in memory with tokens before heads.
 Tensor empty_states(const Sizes& sizes) {
-  return at::empty({sizes.batch, sizes.tokens, sizes.heads, sizes.dim}).transpose(1, 2);
+  const Tensor states = at::empty({sizes.batch, sizes.tokens, sizes.heads, sizes.dim});
+  ask_for_huge_pages(states.data_ptr(), states.nbytes());
+  return states.transpose(1, 2);
 }
 
 Tensor empty_landmarks(const Sizes& sizes, int64_t spans = 1) {

@@ -10,6 +10,9 @@
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <utility>
+
+#include <sys/mman.h>
 
 namespace tiles {
 
@@ -109,8 +112,11 @@ inline void product_rows(int64_t depth, int64_t width, const float* a, int64_t a
                          int64_t b_row, float* c, int64_t c_row, bool add) {
   for (; width >= TILE_VECTORS * LANES; width -= TILE_VECTORS * LANES, b += TILE_VECTORS * LANES, c += TILE_VECTORS * LANES)
     product_tile<rows, TILE_VECTORS>(depth, a, a_row, a_column, b, b_row, c, c_row, add);
-  for (; width > 0; width -= LANES, b += LANES, c += LANES)
-    product_tile<rows, 1>(depth, a, a_row, a_column, b, b_row, c, c_row, add);
+  switch (width / LANES) {
+    case 3: return product_tile<rows, 3>(depth, a, a_row, a_column, b, b_row, c, c_row, add);
+    case 2: return product_tile<rows, 2>(depth, a, a_row, a_column, b, b_row, c, c_row, add);
+    case 1: return product_tile<rows, 1>(depth, a, a_row, a_column, b, b_row, c, c_row, add);
+  }
 }
 
 // C (rows, width) = A (rows, depth) B (depth, width), or C += A B where `add`. Element (i, k) of A is a[i * a_row + k * a_column].
@@ -125,6 +131,51 @@ inline void product(int64_t rows, int64_t depth, int64_t width, const float* a, 
     case 2: return product_rows<2>(depth, width, a, a_row, a_column, b, b_row, c, c_row, add);
     case 1: return product_rows<1>(depth, width, a, a_row, a_column, b, b_row, c, c_row, add);
   }
+}
+
+// The lanes of two vectors that a transpose exchanges: of each pair of blocks of `step` lanes, the second of `a` with the first of `b`.
+template <int64_t step, int... lane>
+inline void exchange_lanes(Vector& a, Vector& b, std::integer_sequence<int, lane...>) {
+#if defined(__clang__) || __GNUC__ >= 12
+  const Vector first = __builtin_shufflevector(a, b, (lane & step ? LANES + lane - step : lane)...);
+  b = __builtin_shufflevector(a, b, (lane & step ? LANES + lane : lane + step)...);
+#else
+  const Vector first = __builtin_shuffle(a, b, IntVector{(lane & step ? LANES + lane - step : lane)...});
+  b = __builtin_shuffle(a, b, IntVector{(lane & step ? LANES + lane : lane + step)...});
+#endif
+  a = first;
+}
+
+// Transposes a square of as many vectors as a vector has lanes, by exchanging ever larger blocks off the diagonal.
+template <int64_t step = 1>
+inline void transpose_square(Vector* rows) {
+  if constexpr (step < LANES) {
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < LANES; i++)
+      if (!(i & step)) exchange_lanes<step>(rows[i], rows[i + step], std::make_integer_sequence<int, LANES>());
+    transpose_square<2 * step>(rows);
+  }
+}
+
+// (rows, width), both whole vectors, to (width, rows); rows lie `stride` and `to_stride` apart.
+inline void transpose(int64_t rows, int64_t width, const float* from, int64_t stride, float* to, int64_t to_stride) {
+  for (int64_t i = 0; i < rows; i += LANES)
+    for (int64_t j = 0; j < width; j += LANES) {
+      Vector square[LANES];
+#pragma GCC unroll 16
+      for (int64_t k = 0; k < LANES; k++) square[k] = load(from + (i + k) * stride + j);
+      transpose_square(square);
+#pragma GCC unroll 16
+      for (int64_t k = 0; k < LANES; k++) store(to + (j + k) * to_stride + i, square[k]);
+    }
+}
+
+// Lets the system back new memory by huge pages where it is large: the first use of each page costs time.
+inline void ask_for_huge_pages(void* memory, size_t bytes) {
+  constexpr uintptr_t PAGE = 2 << 20;
+  const uintptr_t start = reinterpret_cast<uintptr_t>(memory), end = (start + bytes) / PAGE * PAGE;
+  const uintptr_t first = (start + PAGE - 1) / PAGE * PAGE;
+  if (first < end) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
 }
 
 // Memory for floats, aligned to cache lines, not initialised.

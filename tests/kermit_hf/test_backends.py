@@ -182,7 +182,10 @@ def test_the_torch_backend_is_what_a_cpu_runs_that_cannot_compile(monkeypatch):
         expected = model(input_ids).logits
         with kernel_backend("torch"):
             assert torch.equal(model(input_ids).logits, expected)
-        with kernel_backend("cpp"), pytest.raises(ValueError, match="'cpp' cannot run: there is no compiler, or choose"):
+        with (
+            kernel_backend("cpp"),
+            pytest.raises(ValueError, match="'cpp' cannot run: there is no compiler, or choose"),
+        ):
             model(input_ids)
 
 

@@ -279,7 +279,11 @@ def test_attentions_are_square_and_give_the_output(inverse_init, attn_implementa
         attention = model.encoder.layer[layer].attention.self
         hidden = outputs.hidden_states[layer]
         for row, real in enumerate(masks.bool()):
-            value = attention.value(hidden[row : row + 1, real]).unflatten(-1, (TINY["num_attention_heads"], -1)).transpose(1, 2)
+            value = (
+                attention.value(hidden[row : row + 1, real])
+                .unflatten(-1, (TINY["num_attention_heads"], -1))
+                .transpose(1, 2)
+            )
             context = weights[row : row + 1][:, :, real][:, :, :, real] @ value + attention.conv(value, None)
             expected, _ = attention(hidden[row : row + 1, real])
             torch.testing.assert_close(context.transpose(1, 2).flatten(2), expected, atol=1e-4, rtol=0)
