@@ -443,6 +443,11 @@ def _running_sums(
     contributions: torch.Tensor, initial: torch.Tensor, backwards: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`_carry` without decay, and without a gradient; `backwards` from the last chunk to the first."""
+    if torch.compiler.is_compiling():  # which cannot write into parts of a tensor
+        terms = contributions.flip(2) if backwards else contributions
+        sums = torch.cat([initial.unsqueeze(2), terms], 2).cumsum(2)
+        before = sums[:, :, :-1]
+        return before.flip(2) if backwards else before, sums[:, :, -1]
     before = torch.empty_like(contributions)
     sums, terms = before.unbind(2), contributions.unbind(2)
     if backwards:

@@ -483,3 +483,21 @@ def test_training_memory_and_work_grow_linearly_with_the_length(rule, gated):
 @pytest.mark.parametrize("length, expected", [(1, 1), (5, 8), (64, 64), (1000, 64)])
 def test_a_short_text_is_one_chunk(length, expected):
     assert default_chunk_size(feature_dim=64, length=length) == expected
+
+
+@RULES_AND_GATES
+def test_several_chunks_compile_without_a_graph_break(rule, gated):
+    """Forward and backward, of more than one head: the sums over chunks are views there."""
+    states = [torch.rand(1, 2, 70, 8).requires_grad_() for _ in range(3)]
+    gates = {"log_forget": -torch.rand(1, 2, 70)} if gated else {}
+    if rule == "delta":
+        states[1] = F.normalize(states[1].detach(), dim=-1).requires_grad_()
+        gates["write_strength"] = torch.rand(1, 2, 70)
+    torch.compiler.reset()
+    results = []
+    for form in (torch.compile(FORMS[rule]["chunked"], fullgraph=True, backend="aot_eager"), FORMS[rule]["chunked"]):
+        read = form(*states, **gates, chunk_size=16)
+        loss = read.numerator.square().sum() + read.memory.matrix.square().sum()
+        results.append([read.numerator, read.memory.matrix, *torch.autograd.grad(loss, states)])
+    for compiled, plain in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-4)
