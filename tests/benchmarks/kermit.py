@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from kermit_hf import FEATURE_MAPS, KermitConfig, KermitForCausalLM
+from kermit_hf import FEATURE_MAPS, KermitConfig, KermitForCausalLM, kernel_backend
 from kermit_hf.kermit_attention import Slots, kermit_attention
 
 from . import peers, work
+from .compiled import compiled, with_compiled
 from .decoding import Decoder, Place, compare_decoding, fill_at_random, fill_by_prompt
 from .measure import Contender, Limits, Result, Section, Skipped, by_length, generator
 from .models import HEAD_DIM, HEADS, LENGTHS, SINKS, WINDOW, body
@@ -20,6 +21,13 @@ from .targets import Faster, Flat, OfPeak, growing
 
 CONTEXTS = (256, 1024, 4096, 16384, 32768, 65536)
 FAVOR_FEATURES = 128
+LINEAR = (
+    "additive",
+    "additive + window 128",
+    f"additive, {FAVOR_FEATURES} random features",
+    "gated delta",
+    "gated delta + window 128",
+)
 
 
 def attention(update_rule: str, feature_map: str, window_size: int) -> Callable[..., torch.Tensor]:
@@ -67,6 +75,7 @@ def attention_contenders(length: int, backward: bool) -> dict[str, Contender]:
         "gated delta + window 128": once(attention("delta", "silu_l2", WINDOW), delta + near, **gates),
         "transformers gated delta": once(transformers_gated_delta(), delta, **gates),
     }
+    contenders = with_compiled(contenders, LINEAR, kernel_backend)
     contenders |= {name: once(peer) for name, peer in peers.causal_peers(HEAD_DIM, FAVOR_FEATURES).items()}
     if peers.has("flash-linear-attention"):
         contenders["flash-linear-attention gated delta"] = once(peers.flash_gated_delta, **gates)
@@ -141,20 +150,16 @@ def time_decoding(lengths: tuple[int, ...], limits: Limits) -> Iterator[list[Res
     return compare_decoding(decoders, {length: Place(length) for length in lengths}, limits)
 
 
-LINEAR = (
-    "additive",
-    "additive + window 128",
-    f"additive, {FAVOR_FEATURES} random features",
-    "gated delta",
-    "gated delta + window 128",
-)
+PURE = ("additive", "gated delta")
+NEAR_AND_FAR = "additive + window 128"
+EVERYONE = (*LINEAR, *map(compiled, LINEAR))
 FROM_1024 = tuple(
     Faster(name, "softmax (SDPA)", length, 1.0)
-    for name in ("additive", "gated delta")
+    for name in (*PURE, *map(compiled, PURE))
     for length in LENGTHS
     if length >= 1024
 )
-AT_HALF_PEAK = tuple(OfPeak(name, (4096, 8192, 16384, 32768), 0.5) for name in ("additive", "gated delta"))
+AT_HALF_PEAK = tuple(OfPeak(name, (4096, 8192, 16384, 32768), 0.5) for name in (*PURE, *map(compiled, PURE)))
 SECTIONS = {
     "kermit-forward": Section(
         "KERMIT attention, forward: 8 heads x 64",
@@ -162,10 +167,10 @@ SECTIONS = {
         LENGTHS,
         (
             *FROM_1024,
-            Faster("additive", "softmax (SDPA)", 16384, 20.0),
-            Faster("additive + window 128", "softmax (SDPA)", 16384, 8.0),
+            *(Faster(name, "softmax (SDPA)", 16384, 20.0) for name in ("additive", compiled("additive"))),
+            *(Faster(name, "softmax (SDPA)", 16384, 8.0) for name in (NEAR_AND_FAR, compiled(NEAR_AND_FAR))),
             *AT_HALF_PEAK,
-            *growing(1.1, *LINEAR),
+            *growing(1.1, *EVERYONE),
         ),
     ),
     "kermit-training": Section(
@@ -174,12 +179,12 @@ SECTIONS = {
         LENGTHS,
         (
             *FROM_1024,
-            Faster("additive", "softmax (SDPA)", 16384, 20.0),
-            Faster("additive + window 128", "softmax (SDPA)", 16384, 8.0),
-            Faster("gated delta", "softmax (SDPA)", 16384, 8.0),
+            *(Faster(name, "softmax (SDPA)", 16384, 20.0) for name in ("additive", compiled("additive"))),
+            *(Faster(name, "softmax (SDPA)", 16384, 8.0) for name in (NEAR_AND_FAR, compiled(NEAR_AND_FAR))),
+            *(Faster(name, "softmax (SDPA)", 16384, 8.0) for name in ("gated delta", compiled("gated delta"))),
             Faster("gated delta", "transformers gated delta", 16384, 25.0),
             *AT_HALF_PEAK,
-            *growing(1.1, *LINEAR),
+            *growing(1.1, *EVERYONE),
         ),
     ),
     "kermit-decoding": Section(

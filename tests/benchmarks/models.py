@@ -6,10 +6,11 @@ from functools import partial
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from kermit_hf import KermitConfig, KermitForCausalLM
+from kermit_hf import KermitConfig, KermitForCausalLM, kernel_backend
 from nystromformer_hf import NystromformerHFDecoderConfig, NystromformerHFDecoderForCausalLM
 
 from . import work
+from .compiled import compiled, with_compiled
 from .decoding import Decoder, Place, compare_decoding, fill_at_random, fill_by_prompt
 from .measure import Contender, Limits, Result, Section, Skipped, by_length
 from .targets import growing
@@ -19,6 +20,7 @@ HEADS, HEAD_DIM, WINDOW, SINKS, SEGMENT, NEAR_SEGMENTS = 8, 64, 128, 4, 64, 2
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
 BATCHES = (1, 8, 64)
 BATCH_CONTEXT = 1024
+LINEAR = ("KERMIT", "KERMIT, additive, no window")
 
 # Multiplications of one head of one layer, as a function of length.
 ATTENTION: dict[str, Callable[[int], int]] = {
@@ -70,7 +72,8 @@ def layers(length: int) -> dict[str, Contender]:
         run = torch.no_grad()(partial(model.model, inputs_embeds=hidden, use_cache=False))
         return Contender(run, multiplications(name, model, length, logits=0), 2 * hidden.nbytes)
 
-    return {name: contender(name, model) for name, model in decoders(**body(layers=1, vocabulary=64)).items()}
+    timed = {name: contender(name, model) for name, model in decoders(**body(layers=1, vocabulary=64)).items()}
+    return with_compiled(timed, LINEAR, kernel_backend)
 
 
 def training_steps(length: int) -> dict[str, Contender]:
@@ -87,7 +90,8 @@ def training_steps(length: int) -> dict[str, Contender]:
 
         return Contender(step, work.TRAINING * multiplications(name, model, length, logits=length))
 
-    return {name: contender(name, model) for name, model in decoders(**body(layers=2, vocabulary=4096)).items()}
+    timed = {name: contender(name, model) for name, model in decoders(**body(layers=2, vocabulary=4096)).items()}
+    return with_compiled(timed, LINEAR, kernel_backend)
 
 
 def prefills(length: int) -> dict[str, Contender]:
@@ -102,7 +106,8 @@ def prefills(length: int) -> dict[str, Contender]:
 
         return Contender(read, multiplications(name, model, length, logits=1))
 
-    return {name: contender(name, model) for name, model in decoders(**body()).items()}
+    timed = {name: contender(name, model) for name, model in decoders(**body()).items()}
+    return with_compiled(timed, LINEAR, kernel_backend)
 
 
 def time_batches(batches: tuple[int, ...], limits: Limits) -> Iterator[list[Result | Skipped]]:
@@ -117,8 +122,7 @@ def time_batches(batches: tuple[int, ...], limits: Limits) -> Iterator[list[Resu
     return compare_decoding(timed, {batch: Place(BATCH_CONTEXT, batch) for batch in batches}, limits)
 
 
-LINEAR = ("KERMIT", "KERMIT, additive, no window")
-TARGETS = (*growing(1.1, *LINEAR), *growing(1.6, "causal Nyström"))
+TARGETS = (*growing(1.1, *LINEAR, *map(compiled, LINEAR)), *growing(1.6, "causal Nyström"))
 SECTIONS = {
     "decoder-layer": Section(
         "One decoder layer, forward: width 512, 8 heads",

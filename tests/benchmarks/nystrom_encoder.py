@@ -12,17 +12,17 @@ from transformers.models.bert.modeling_bert import BertLayer
 from transformers.models.nystromformer.modeling_nystromformer import NystromformerLayer, NystromformerSelfAttention
 
 from nystromformer_hf import NystromformerHFConfig, kernel_backend
-from nystromformer_hf.cpu_kernels import cpu_misfit
 from nystromformer_hf.modeling_nystromformer_hf import NystromformerHFLayer, NystromformerHFSelfAttention
 
 from . import peers, work
+from .compiled import compiled, with_compiled
 from .measure import Contender, Section, by_length
 from .models import HEAD_DIM, HEADS, LENGTHS
 from .targets import Faster, growing
 
 
 LANDMARKS, FEATURES = 64, 128
-COMPILED = "ours, C++"
+COMPILED = compiled("ours")
 
 
 def _configs(seq_len: int) -> tuple[NystromformerConfig, NystromformerHFConfig]:
@@ -50,8 +50,7 @@ def attention_cores(seq_len: int, batch: int = 1, backward: bool = False) -> dic
         "ours": once(ours, HEADS * _nystrom(seq_len, theirs_config)),
         "transformers": once(theirs, HEADS * _nystrom(seq_len, theirs_config)),
     }
-    if cpu_misfit(torch.device("cpu")) is None:
-        cores[COMPILED] = once(_compiled(ours), HEADS * _nystrom(seq_len, theirs_config))
+    cores = with_compiled(cores, ["ours"], kernel_backend)
     if peers.has("nystrom-attention"):
         cores["nystrom-attention"] = once(_nystrom_attention())
     return cores | {name: once(_on_heads(peer)) for name, peer in peers.bidirectional_peers(HEAD_DIM, FEATURES).items()}
@@ -74,19 +73,7 @@ def encoder_layers(seq_len: int, batch: int = 1, backward: bool = False) -> dict
         attention = _softmax(seq_len) if name == "BERT (SDPA)" else _nystrom(seq_len, theirs_config)
         needed = HEADS * attention + work.linear_layers(layer, seq_len)
         contenders[name] = _contender(layer, needed, hidden=hidden, backward=backward)
-        if name == "ours" and cpu_misfit(torch.device("cpu")) is None:
-            contenders[COMPILED] = _contender(_compiled(layer), needed, hidden=hidden, backward=backward)
-    return contenders
-
-
-def _compiled(function: Callable) -> Callable:
-    """With our kernels in C++."""
-
-    def run(hidden_states: torch.Tensor):
-        with kernel_backend("cpp"):
-            return function(hidden_states)
-
-    return run
+    return with_compiled(contenders, ["ours"], kernel_backend)
 
 
 def _softmax(seq_len: int) -> int:
