@@ -8,7 +8,6 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-
 #include <cmath>
 #include <optional>
 #include <tuple>

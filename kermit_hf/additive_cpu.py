@@ -2,7 +2,7 @@
 
 import torch
 
-from .cpu_kernels import load_cpu_kernels
+from .cpu_kernels import contiguous_rows, load_cpu_kernels
 from .kernel_attention import KernelMemory, KernelReadout, empty_memory
 
 
@@ -35,18 +35,13 @@ def additive_elu_fused(
 
 
 def _run(query, key, value, log_forget, memory, key_mask, elu, divides) -> KernelReadout:
-    query, key, value = (_rows(tensor.float()) for tensor in (query, key, value))
+    query, key, value = (contiguous_rows(tensor) for tensor in (query, key, value))
     log_forget = None if log_forget is None else log_forget.float()
     key_mask = None if key_mask is None else key_mask.float().expand(key.shape[:3])
     memory = empty_memory(key, value, normalized=True) if memory is None else memory
     matrix, normalizer = memory.matrix.float(), memory.normalizer.float()
     read = _AdditiveFused.apply(query, key, value, log_forget, key_mask, matrix, normalizer, elu, divides)
     return KernelReadout(*read[:2], KernelMemory(*read[2:]))
-
-
-def _rows(states: torch.Tensor) -> torch.Tensor:
-    """With a contiguous last axis."""
-    return states if states.stride(-1) == 1 else states.contiguous()
 
 
 class _AdditiveFused(torch.autograd.Function):
@@ -66,7 +61,7 @@ class _AdditiveFused(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_numerator, grad_denominator, grad_matrix, grad_normalizer):
         *inputs, matrix, normalizer, numerator, denominator = ctx.saved_tensors
-        grad_numerator = None if grad_numerator is None else _rows(grad_numerator)
+        grad_numerator = None if grad_numerator is None else contiguous_rows(grad_numerator)
         grad_matrix = torch.zeros_like(matrix) if grad_matrix is None else grad_matrix
         grad_normalizer = torch.zeros_like(normalizer) if grad_normalizer is None else grad_normalizer
         grad_memory = _copy(grad_matrix), _copy(grad_normalizer)

@@ -56,6 +56,12 @@ def takes_cpu_tensors(*tensors: torch.Tensor) -> bool:
     )
 
 
+def contiguous_rows(states: torch.Tensor) -> torch.Tensor:
+    """In float32, with a contiguous last axis: how the kernels take states and their gradients."""
+    states = states.float()
+    return states if states.stride(-1) == 1 else states.contiguous()
+
+
 @cache
 def load_cpu_kernels(namespace: str):
     """The operators that `SOURCES` register under this namespace. Raises `RuntimeError` if it cannot be compiled."""

@@ -3,7 +3,7 @@ passes over memory. See delta_cpu.cpp."""
 
 import torch
 
-from .cpu_kernels import load_cpu_kernels
+from .cpu_kernels import contiguous_rows, load_cpu_kernels
 from .kernel_attention import KernelMemory, KernelReadout
 
 
@@ -32,17 +32,11 @@ def delta_silu_fused(
 
 
 def _run(query, key, value, write_strength, log_forget, memory, maps) -> KernelReadout:
-    states = (_rows(tensor) for tensor in (query, key, value))
+    states = (contiguous_rows(tensor) for tensor in (query, key, value))
     gates = (gate if gate is None else gate.float() for gate in (write_strength, log_forget))
     matrix = None if memory is None else memory.matrix.float()
     numerator, matrix = _DeltaFused.apply(*states, *gates, matrix, maps)
     return KernelReadout(numerator, None, KernelMemory(matrix))
-
-
-def _rows(states: torch.Tensor) -> torch.Tensor:
-    """In float32, with a contiguous last axis."""
-    states = states.float()
-    return states if states.stride(-1) == 1 else states.contiguous()
 
 
 class _DeltaFused(torch.autograd.Function):
@@ -62,7 +56,7 @@ class _DeltaFused(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_numerator, grad_matrix):
         *grads, grad_log_forget, grad_first = load_cpu_kernels("kermit_hf").delta_backward(
-            *ctx.saved_tensors, _rows(grad_numerator), grad_matrix.contiguous(), ctx.maps
+            *ctx.saved_tensors, contiguous_rows(grad_numerator), grad_matrix.contiguous(), ctx.maps
         )
         has_gate, has_memory = ctx.needs_input_grad[4:6]
         return *grads, grad_log_forget if has_gate else None, grad_first if has_memory else None, None

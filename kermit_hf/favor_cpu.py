@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from .cpu_kernels import load_cpu_kernels
+from .cpu_kernels import contiguous_rows, load_cpu_kernels
 
 
 # Rows are padded to whole vectors, of at most this many numbers.
@@ -24,18 +24,12 @@ def _pad(matrix: torch.Tensor) -> torch.Tensor:
     return F.pad(matrix, (0, -matrix.shape[1] % LANES)).contiguous()
 
 
-def _rows(states: torch.Tensor) -> torch.Tensor:
-    """In float32, with a contiguous last axis."""
-    states = states.float()
-    return states if states.stride(-1) == 1 else states.contiguous()
-
-
 class _FavorFeatures(torch.autograd.Function):
     """Returns features and log scale, which keys do not have."""
 
     @staticmethod
     def forward(ctx, states, directions, are_queries):
-        states = _rows(states)
+        states = contiguous_rows(states)
         directions = directions.float() * states.shape[3] ** -0.25
         features, log_scale = load_cpu_kernels("kermit_hf").favor_forward(
             states, _pad(directions.T), len(directions), are_queries
@@ -49,6 +43,6 @@ class _FavorFeatures(torch.autograd.Function):
     def backward(ctx, grad_features, grad_log_scale):
         states, directions, features = ctx.saved_tensors
         grad = load_cpu_kernels("kermit_hf").favor_backward(
-            states, _pad(directions), features, _rows(grad_features), grad_log_scale, ctx.are_queries
+            states, _pad(directions), features, contiguous_rows(grad_features), grad_log_scale, ctx.are_queries
         )
         return grad, None, None

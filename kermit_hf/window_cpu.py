@@ -4,7 +4,7 @@ passes over memory. See window_cpu.cpp; the gradients' formulas are those of `wi
 
 import torch
 
-from .cpu_kernels import load_cpu_kernels
+from .cpu_kernels import contiguous_rows, load_cpu_kernels
 from .window_attention import FarField, Sinks, WindowOutput, window_blocked
 
 
@@ -24,17 +24,11 @@ def window_fused(
         return window_blocked(query, key, value, window_size, first_real, sinks, far, is_causal, dropout)
     if not isinstance(first_real, torch.Tensor):
         first_real = torch.full((query.shape[0],), first_real)
-    sinks = (None, None) if sinks is None else [_rows(tensor) for tensor in sinks]
-    far = (None, None) if far is None else [_rows(far.value), far.logit.float()]
-    states = [_rows(tensor) for tensor in (query, key, value)]
+    sinks = (None, None) if sinks is None else [contiguous_rows(tensor) for tensor in sinks]
+    far = (None, None) if far is None else [contiguous_rows(far.value), far.logit.float()]
+    states = [contiguous_rows(tensor) for tensor in (query, key, value)]
     output = _FusedWindow.apply(*states, *sinks, *far, first_real.long().contiguous(), window_size, is_causal)
     return WindowOutput(output)
-
-
-def _rows(states: torch.Tensor) -> torch.Tensor:
-    """In float32, with a contiguous last axis."""
-    states = states.float()
-    return states if states.stride(-1) == 1 else states.contiguous()
 
 
 class _FusedWindow(torch.autograd.Function):
@@ -51,6 +45,6 @@ class _FusedWindow(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         grads = load_cpu_kernels("kermit_hf").window_backward(
-            *ctx.saved_tensors, _rows(grad), ctx.window, ctx.is_causal
+            *ctx.saved_tensors, contiguous_rows(grad), ctx.window, ctx.is_causal
         )
         return *grads, None, None, None

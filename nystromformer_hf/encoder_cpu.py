@@ -2,7 +2,7 @@
 
 import torch
 
-from .cpu_kernels import load_cpu_kernels
+from .cpu_kernels import contiguous_rows, load_cpu_kernels
 
 
 def nystrom_attention_fused(
@@ -19,7 +19,7 @@ def nystrom_attention_fused(
 
     Every row must have more real tokens than there are landmarks. float32 on a CPU. Shapes: see `nystrom_attention`.
     """
-    states = [tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (query, key, value)]
+    states = [contiguous_rows(tensor) for tensor in (query, key, value)]
     return _FusedAttention.apply(
         *states, kernels, lengths, num_landmarks, inverse_iterations, inverse_init == "original"
     )
@@ -37,7 +37,7 @@ class _FusedAttention(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        grad = grad if grad.stride(-1) == 1 else grad.contiguous()
-        grads = load_cpu_kernels("nystromformer_hf").nystrom_backward(grad, *ctx.saved_tensors, *ctx.options)
+        kernels = load_cpu_kernels("nystromformer_hf")
+        grads = kernels.nystrom_backward(contiguous_rows(grad), *ctx.saved_tensors, *ctx.options)
         grad_kernels = grads[3].sum((0, 2)) if ctx.needs_input_grad[3] else None
         return *grads[:3], grad_kernels, None, None, None, None
