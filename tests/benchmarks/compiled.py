@@ -10,8 +10,11 @@ from kermit_hf.cpu_kernels import cpu_misfit
 from .measure import Contender
 
 
+IN_CPP = ", C++"
+
+
 def compiled(name: str) -> str:
-    return f"{name}, C++"
+    return name + IN_CPP
 
 
 def with_compiled(

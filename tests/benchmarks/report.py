@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from .compiled import IN_CPP
 from .measure import Result, Section, Skipped, ratio
 from .roofline import Roofline
 from .targets import LABELS, exponents, share_of_peak
@@ -61,21 +62,26 @@ def as_json(batches: Sequence[Sequence[Result | Skipped]], roofline: Roofline) -
 
 def plot(section: Section, results: Sequence[Result], roofline: Roofline, machine: str, path: Path) -> None:
     """Log-log curves of time, and of memory where it was measured. Dashed, in the colour of its contender: the time that
-    its multiplications take at the measured rate of matrix products. Dotted: that of moving inputs and outputs once."""
+    its multiplications take at the measured rate of matrix products. Dotted: that of moving inputs and outputs once. A
+    contender with kernels in C++ has the colour of the one without, and squares."""
     from matplotlib.figure import Figure
 
     panels = [("seconds", 1e3, section.unit)]
     if any(result.peak_bytes for result in results):
         panels.append(("peak_bytes", 2.0**-20, "peak memory, MiB"))
+    plain = dict.fromkeys(result.contender.removesuffix(IN_CPP) for result in results)
+    colours = {name: f"C{index}" for index, name in enumerate(plain)}
     figure = Figure(figsize=(6.5 * len(panels), 5.2), layout="constrained")
     for axes, (attribute, factor, label) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for name in dict.fromkeys(result.contender for result in results):
             own = [result for result in results if result.contender == name]
             points = [(r.length, factor * getattr(r, attribute)) for r in own if getattr(r, attribute)]
-            (line,) = axes.plot(*(zip(*points, strict=True) if points else ([], [])), "o-", markersize=3, label=name)
+            style = {"color": colours[name.removesuffix(IN_CPP)], "markersize": 3, "label": name}
+            style |= {"marker": "s", "linewidth": 2.5} if name.endswith(IN_CPP) else {"marker": "o", "linewidth": 1}
+            axes.plot(*(zip(*points, strict=True) if points else ([], [])), **style)
             least = [(r.length, 1e3 * r.multiplications / roofline.multiplications) for r in own if r.multiplications]
             if attribute == "seconds" and least:
-                axes.plot(*zip(*least, strict=True), "--", color=line.get_color(), linewidth=0.8)
+                axes.plot(*zip(*least, strict=True), "--", color=style["color"], linewidth=0.8)
         moved = {r.length: 1e3 * r.bytes / roofline.bytes for r in results if r.bytes}
         if attribute == "seconds" and moved:
             axes.plot(list(moved), list(moved.values()), ":", color="gray", label="inputs and outputs, copied")
