@@ -81,13 +81,19 @@ def load_cpu_kernels(namespace: str):
     root.mkdir(parents=True, exist_ok=True)
     # In a folder of its own, so that neither a process that is cut off nor one that compiles the same leaves anything in the way.
     with TemporaryDirectory(dir=root) as folder:
-        cpp_extension.load(
-            name,
-            [str(source) for source in SOURCES],
-            extra_cflags=flags,
-            extra_ldflags=["-fopenmp"],
-            build_directory=folder,
-            is_python_module=False,
-        )
+        try:
+            cpp_extension.load(
+                name,
+                [str(source) for source in SOURCES],
+                extra_cflags=flags,
+                extra_ldflags=["-fopenmp"],
+                build_directory=folder,
+                is_python_module=False,
+            )
+        except (RuntimeError, OSError) as error:
+            raise RuntimeError(
+                f"the CPU kernels of {namespace} could not be compiled: see above what {cpp_extension.get_cxx_compiler()} says, or "
+                "choose backend 'torch'"
+            ) from error
         os.replace(Path(folder, f"{name}.so"), library)
     return getattr(torch.ops, namespace)

@@ -1,0 +1,56 @@
+"""When kernels in C++ can run, what is said where they cannot, and what compiling leaves behind. The kernels have tests of their own."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils import cpp_extension
+
+from kermit_hf import cpu_kernels
+
+
+CPU = torch.device("cpu")
+
+
+def misfit(device: torch.device = CPU) -> str | None:
+    return cpu_kernels.cpu_misfit.__wrapped__(device)
+
+
+@pytest.fixture
+def able(monkeypatch):
+    """A machine that has all that is needed."""
+    monkeypatch.setattr(cpu_kernels.sys, "platform", "linux")
+    monkeypatch.setattr(cpu_kernels.shutil, "which", lambda name: f"/bin/{name}")
+    monkeypatch.setattr(cpp_extension, "is_ninja_available", lambda: True)
+
+
+@pytest.mark.parametrize(
+    "owner, name, value, message",
+    [
+        (cpu_kernels.sys, "platform", "darwin", "on Linux only, not on 'darwin'"),
+        (cpu_kernels.shutil, "which", lambda name: None, "is not installed; install g++ or name another one in CXX"),
+        (cpp_extension, "is_ninja_available", lambda: False, "run `pip install ninja`"),
+        (cpu_kernels, "SOURCES", [], "install the package linear-time-transformers"),
+    ],
+)
+def test_what_is_missing_is_named(owner, name, value, message, able, monkeypatch):
+    assert misfit() is None
+    monkeypatch.setattr(owner, name, value)
+    assert message in misfit()
+
+
+def test_tensors_elsewhere_are_refused(able):
+    assert misfit(torch.device("meta")) == "tensors are on 'meta'; move the model to the CPU"
+
+
+def test_a_compiler_that_fails_leaves_nothing_and_says_what_helps(able, monkeypatch, tmp_path):
+    def fail(name: str, sources: list[str], build_directory: str, **options) -> None:
+        assert all(Path(source).exists() for source in sources)
+        Path(build_directory, "half.o").write_text("half")
+        raise RuntimeError("Error building extension")
+
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
+    monkeypatch.setattr(cpp_extension, "load", fail)
+    with pytest.raises(RuntimeError, match=r"could not be compiled: .*choose backend 'torch'"):
+        cpu_kernels.load_cpu_kernels.__wrapped__("kermit_hf")
+    assert not list((tmp_path / "extensions").iterdir())
