@@ -39,7 +39,9 @@ struct Sizes {
         feature_width(round_up(features)),
         value_width(round_up(dims)),
         extended_width(round_up(dims + 1)) {
-    for (const Tensor* states : {&query, &key, &value}) TORCH_CHECK(states->stride(3) == 1, "rows have to be contiguous");
+    // The strides of an empty tensor, or of an axis of one entry, say nothing.
+    for (const Tensor* states : {&query, &key, &value})
+      TORCH_CHECK(states->stride(3) == 1 || states->size(3) == 1 || states->numel() == 0, "rows have to be contiguous");
     TORCH_CHECK(heads % kv_heads == 0, heads, " query heads cannot share ", kv_heads, " key/value heads");
   }
 

@@ -377,7 +377,8 @@ at::Tensor empty(at::IntArrayRef sizes, const at::Tensor& like) { return in_huge
 void check(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value) {
   for (const at::Tensor* tensor : {&query, &key, &value}) {
     TORCH_CHECK(tensor->dim() == 4 && tensor->scalar_type() == at::kFloat, "states must be float32 with four axes");
-    TORCH_CHECK(tensor->size(3) == 1 || tensor->stride(3) == 1, "the last axis of states must be contiguous");
+    // The strides of an empty tensor, or of an axis of one entry, say nothing.
+    TORCH_CHECK(tensor->stride(3) == 1 || tensor->size(3) == 1 || tensor->numel() == 0, "the last axis of states must be contiguous");
   }
   TORCH_CHECK(key.size(1) > 0 && query.size(1) % key.size(1) == 0, "heads must be a multiple of kv_heads");
 }

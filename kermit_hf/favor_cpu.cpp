@@ -30,7 +30,8 @@ struct Sizes {
         dims(states.size(3)),
         features(num_features),
         width(round_up(num_features)) {
-    TORCH_CHECK(states.stride(3) == 1, "rows have to be contiguous");
+    // The strides of an empty tensor, or of an axis of one entry, say nothing.
+    TORCH_CHECK(states.stride(3) == 1 || states.size(3) == 1 || states.numel() == 0, "rows have to be contiguous");
   }
 
   // Calls visit(b, h, first, rows) for a few rows at a time, in parallel over blocks; `make` makes what a thread needs.
@@ -132,7 +133,8 @@ void add_to_largest(int64_t count, const float* features, float grad, float* to)
 Tensor favor_backward(const Tensor& states, const Tensor& directions, const Tensor& features, const Tensor& grad_features,
                       const Tensor& grad_log_scale, bool are_queries) {
   const Sizes sizes(states, features.size(3));
-  TORCH_CHECK(features.stride(3) == 1 && grad_features.stride(3) == 1, "rows have to be contiguous");
+  for (const Tensor* rows : {&features, &grad_features})
+    TORCH_CHECK(rows->stride(3) == 1 || rows->size(3) == 1 || rows->numel() == 0, "rows have to be contiguous");
   const int64_t width = round_up(sizes.dims);
   TORCH_CHECK(directions.is_contiguous() && directions.size(1) == width, "directions have to be padded and contiguous");
   const Tensor grad_states = at::empty({sizes.batch, sizes.length, sizes.heads, sizes.dims}, states.options()).transpose(1, 2);
