@@ -12,7 +12,8 @@ of `torch.compile`, "cpp" takes what it has a kernel for on a CPU where it can b
 it is installed; and PyTorch the rest. A backend that is named leaves to PyTorch what it has no kernel for, too, but raises
 `ValueError` where it cannot run at all.
 
-    cpp      far field: the delta rule with any feature map, and its norm; in float32
+    cpp      far field: both rules with any feature map, and the norm behind the delta rule; near field, without dropout, merged
+             with any far field; in float32
     triton   far field: the additive rule with the feature map "taylor", up to 64 coordinates; near field, merged with any far
              field; heads up to 256 in bfloat16, 128 in other dtypes
     fla      far field: both rules with any feature map (delta: up to 256 features), in bfloat16

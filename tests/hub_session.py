@@ -36,7 +36,8 @@ def run_session(steps: list[dict], environment: dict[str, str], folder: Path, *,
     request = {"steps": steps, "path": None if without else str(repository), "without": without}
     if without:
         # Kernels in C++ come with the package alone, and who names them where they are not gets an error.
-        environment = {name: value for name, value in environment.items() if (name[-8:], value) != ("_BACKEND", "cpp")}
+        named = {name for name, value in environment.items() if name.endswith("_BACKEND") and value == "cpp"}
+        environment = {name: value for name, value in environment.items() if name not in named}
     # -I: neither the current folder nor this file's nor PYTHONPATH can make a package importable.
     session = subprocess.run(
         [sys.executable, "-I", __file__, json.dumps(request)],

@@ -116,7 +116,7 @@ def test_a_missing_head_is_what_fine_tuning_starts_from(head, config, tmp_path):
 def test_the_convolution_may_be_switched_on_for_an_encoder_trained_without(tmp_path):
     NystromformerHFForMaskedLM(helpers.tiny_config(conv_kernel_size=None)).save_pretrained(tmp_path)
     loaded = NystromformerHFForMaskedLM.from_pretrained(tmp_path, conv_kernel_size=5)
-    assert loaded.nystromformer.encoder.layer[1].attention.self.conv.weight.shape[2] == 5
+    assert loaded.nystromformer.encoder.layer[1].attention.self.conv.weight.shape == (2, 1, 5, 1)
 
 
 def test_one_missing_convolution_is_damage(saved):
