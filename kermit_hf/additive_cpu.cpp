@@ -174,28 +174,6 @@ void add_rows(int64_t rows, int64_t width, const float* matrix, float* sums) {
 
 // Triangular products. Their matrices, rows of queries and columns of keys, are zero where a key comes after the query.
 
-// A few rows of A B.
-template <int64_t vectors>
-void product_columns(int64_t rows, int64_t depth, const float* a, int64_t a_row, const float* b, int64_t b_row, float* c,
-                     int64_t c_row) {
-  if (rows == TILE_ROWS)
-    product_tile<TILE_ROWS, vectors>(depth, a, a_row, 1, b, b_row, c, c_row, false);
-  else
-    product(rows, depth, vectors * LANES, a, a_row, 1, b, b_row, c, c_row);
-}
-
-// The same for any number of columns, as many of them at once as there are registers for.
-void product_of_rows(int64_t rows, int64_t depth, int64_t width, const float* a, int64_t a_row, const float* b, int64_t b_row,
-                     float* c, int64_t c_row) {
-  for (int64_t j = 0; j < width; j += TILE_VECTORS * LANES, b += TILE_VECTORS * LANES, c += TILE_VECTORS * LANES)
-    switch (std::min((width - j) / LANES, TILE_VECTORS)) {
-      case 1: product_columns<1>(rows, depth, a, a_row, b, b_row, c, c_row); break;
-      case 2: product_columns<2>(rows, depth, a, a_row, b, b_row, c, c_row); break;
-      case 3: product_columns<3>(rows, depth, a, a_row, b, b_row, c, c_row); break;
-      case 4: product_columns<4>(rows, depth, a, a_row, b, b_row, c, c_row); break;
-    }
-}
-
 // Decay between the tokens of a chunk, see `_decays`.
 struct Decays {
   alignas(64) float pairs[CHUNK * CHUNK];
@@ -303,15 +281,15 @@ class Reader {
     for (int64_t i = 0; i < rows; i += TILE_ROWS) {
       const int64_t last = std::min(i + TILE_ROWS, rows);
       float *queries = readers_ + i * read_width_, *weights = queries + width;
-      product_of_rows(last - i, width, round_up(last), queries, read_width_, turned_keys_, CHUNK, weights, read_width_);
+      product(last - i, width, round_up(last), queries, read_width_, 1, turned_keys_, CHUNK, weights, read_width_);
       mask_future(i, last, weights, read_width_, decays());
       if (decays())
         for (int64_t j = i; j < last; j++) scale(width, decays_.in[j], readers_ + j * read_width_);
     }
     for (int64_t i = 0; i < rows; i += TILE_ROWS) {
       const int64_t last = std::min(i + TILE_ROWS, rows);
-      product_of_rows(last - i, width + last, value_width, readers_ + i * read_width_, read_width_, read_, value_width, numerators_,
-                      value_width);
+      product(last - i, width + last, value_width, readers_ + i * read_width_, read_width_, 1, read_, value_width, numerators_,
+              value_width);
       for (int64_t j = i; j < last; j++)
         finish(j, numerators_ + (j - i) * value_width, reading_.numerator.at(b, head, start + j),
                reading_.denominator.at(b, head, start + j));
@@ -501,9 +479,9 @@ class Differentiator {
     for (int64_t i = 0; i < rows_; i += TILE_ROWS) {
       const int64_t last = std::min(i + TILE_ROWS, rows_), columns = round_up(last);
       float *weights = weights_ + i * CHUNK, *grad_weights = grad_weights_ + i * CHUNK;
-      product_of_rows(last - i, width(), columns, queries_ + i * width(), width(), turned_keys_, CHUNK, weights, CHUNK);
+      product(last - i, width(), columns, queries_ + i * width(), width(), 1, turned_keys_, CHUNK, weights, CHUNK);
       mask_future(i, last, weights, CHUNK, decays());
-      product_of_rows(last - i, dims + 1, columns, grads_ + i * extended(), extended(), turned_values_, CHUNK, grad_weights, CHUNK);
+      product(last - i, dims + 1, columns, grads_ + i * extended(), extended(), 1, turned_values_, CHUNK, grad_weights, CHUNK);
       mask_future(i, last, grad_weights, CHUNK, decays());
     }
     for (int64_t j = 0; j < rows_; j += TILE_ROWS) {

@@ -167,25 +167,9 @@ void add_rows(const float* from, int64_t count, int64_t dim, float* to, int64_t 
 }
 
 // Swaps the blocks off the diagonal of each square of 2 * half rows and columns.
-template <int64_t rows>
-inline void product_columns(int64_t depth, int64_t width, const float* a, int64_t a_row, const float* b, float* c) {
-  for (; width >= TILE_VECTORS * LANES; width -= TILE_VECTORS * LANES, b += TILE_VECTORS * LANES, c += TILE_VECTORS * LANES)
-    product_tile<rows, TILE_VECTORS>(depth, a, a_row, 1, b, BLOCK, c, BLOCK, false);
-  switch (width / LANES) {
-    case 3: return product_tile<rows, 3>(depth, a, a_row, 1, b, BLOCK, c, BLOCK, false);
-    case 2: return product_tile<rows, 2>(depth, a, a_row, 1, b, BLOCK, c, BLOCK, false);
-    case 1: return product_tile<rows, 1>(depth, a, a_row, 1, b, BLOCK, c, BLOCK, false);
-  }
-}
-
 // These columns of C (rows, BLOCK) = A (rows, depth) B (depth, BLOCK), for up to TILE_ROWS rows `a_row` apart.
-[[gnu::noinline]] void product_band(int64_t rows, int64_t depth, Range columns, const float* a, int64_t a_row,
-                                    const float* b, float* c) {
-  b += columns.start, c += columns.start;
-  // Whole groups, and what is left of a whole tile.
-  if (rows == TILE_ROWS) return product_columns<TILE_ROWS>(depth, columns.count(), a, a_row, b, c);
-  if (rows == BLOCK % TILE_ROWS) return product_columns<BLOCK % TILE_ROWS>(depth, columns.count(), a, a_row, b, c);
-  product(rows, depth, columns.count(), a, a_row, 1, b, BLOCK, c, BLOCK);
+void product_band(int64_t rows, int64_t depth, Range columns, const float* a, int64_t a_row, const float* b, float* c) {
+  product(rows, depth, columns.count(), a, a_row, 1, b + columns.start, BLOCK, c + columns.start, BLOCK);
 }
 
 // Logits (BLOCK, sinks) of a few sinks from `first` on, as a tile of scores.
