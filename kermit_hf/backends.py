@@ -67,15 +67,21 @@ def find_window(query: torch.Tensor, num_sinks: int) -> Callable[..., WindowOutp
 
     Raises `ValueError` if the chosen backend cannot run on their device.
     """
-    if CHOICE.serves("cpp", query) and takes_cpu_tensors(query):
-        from .window_cpu import window_fused
-
-        return window_fused
     if CHOICE.serves("triton", query) and fits_kernels(query) and num_sinks <= MAX_SINKS:
         from .window_triton import window_merged
 
         return window_merged
     return window_blocked
+
+
+def find_fused_window(query: torch.Tensor) -> Callable[..., torch.Tensor] | None:
+    """What to run instead of rotary positions, scores of sinks and near field of these queries, where nothing is dropped out; None
+    where there is nothing. Raises as `find_window` does."""
+    if CHOICE.serves("cpp", query) and takes_cpu_tensors(query):
+        from .window_cpu import window_fused
+
+        return window_fused
+    return None
 
 
 def find_kernel(

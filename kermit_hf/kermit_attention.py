@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .backends import find_kernel, find_norm, find_window
+from .backends import find_fused_window, find_kernel, find_norm, find_window
 from .kernel_attention import (
     KernelMemory,
     KernelReadout,
@@ -70,9 +70,12 @@ class Slots(NamedTuple):
 
 
 class FarReadout(NamedTuple):
-    """numerator (batch, heads, length, head_dim); denominator (batch, heads, length), None for the delta rule; log_scale of
+    """Of the last `length` queries: those before them have nothing to read.
+
+    numerator (batch, heads, length, head_dim); denominator (batch, heads, length), None for the delta rule; log_scale of
     the queries, (batch, heads, length) or None; empty, which queries have nothing behind their window, broadcastable to
-    (batch, heads, length); weights (batch, heads, length, slots), from the reference; divided: the numerator is their quotient."""
+    (batch, heads, length); weights (batch, heads, length, slots), from the reference; divided: the numerator is their quotient.
+    """
 
     numerator: torch.Tensor
     denominator: torch.Tensor | None
@@ -212,35 +215,49 @@ def _attend(
     dropout: float,
 ) -> KermitAttentionOutput:
     far, memory = _far_field(query, slots, window_size, update_rule, map_queries, map_keys, is_causal, explicit)
+    length, num_slots = query.shape[2], slots.keys.shape[2]
     far_field, far_weights = None, None
     if far is not None:
+        early = length - far.numerator.shape[2]
         if far_norm is not None and not explicit and query.shape[2] > 1:
             far_norm = find_norm(far_norm, far.numerator)
-        far_field = _virtual_token(far, far_logit, far_norm)
+        far_field = _virtual_token(far, far_logit[:, :, early:], far_norm)
         far_weights = far.weights
         if explicit and far.denominator is not None:
             far_weights = far_weights / _positive(far.denominator)[..., None]
+        if explicit:
+            far_weights = pad_zeros(far_weights, (0, 0, early, 0))
     if window_size == 0:
+        far_field = _for_all_queries(far_field, length)
         output = F.dropout(far_field.value, dropout)
         if not explicit:
             return KermitAttentionOutput(output, memory)
         return KermitAttentionOutput(output, memory, far_weights, None, output - _apply(far_weights, slots.values))
 
     cos, sin = rotary
-    length, num_slots = query.shape[2], slots.keys.shape[2]
-    turned_query = rotate(
-        query, scaling * cos[num_slots - length : num_slots], scaling * sin[num_slots - length : num_slots]
-    )
-    sinks = None
+    sink_keys = None
     if num_slots > window_size and slots.sink_keys.shape[2] > 0:
-        sinks = _sinks(query, slots, window_size, cos, sin, scaling)
+        sink_keys = _turned_sink_keys(query, slots, window_size, cos, sin, scaling)
     if explicit:
         window = window_reference
     elif length == 1 and is_causal:
         window = window_step
-    else:
+    elif num_slots <= window_size:
         # A window over everything is ordinary attention, which torch has a kernel for.
-        window = find_window(query, slots.sink_keys.shape[2]) if num_slots > window_size else window_blocked
+        window = window_blocked
+    else:
+        fused = find_fused_window(query) if dropout == 0.0 else None
+        if fused is not None:
+            sinks = None if sink_keys is None else (sink_keys, slots.sink_values)
+            parts = window_size, slots.first_real, sinks, far_field, is_causal, rotary, scaling
+            return KermitAttentionOutput(fused(query, slots.keys, slots.values, *parts), memory)
+        window = find_window(query, slots.sink_keys.shape[2])
+    turned_query = rotate(
+        query, scaling * cos[num_slots - length : num_slots], scaling * sin[num_slots - length : num_slots]
+    )
+    sinks = None if sink_keys is None else _sinks(query, slots, window_size, sink_keys)
+    if far_field is not None:
+        far_field = _for_all_queries(far_field, length)
     near = window(
         turned_query,
         rotate(slots.keys, cos[:num_slots], sin[:num_slots]),
@@ -312,26 +329,37 @@ class _Rotate(torch.autograd.Function):
         return _Rotate.apply(grad, cos, -sin), None, None
 
 
-def _sinks(
+def _turned_sink_keys(
     query: torch.Tensor, slots: Slots, window_size: int, cos: torch.Tensor, sin: torch.Tensor, scaling: float
-) -> Sinks:
-    """Sink tokens that lie behind the window, at rotary distance `window_size - index` whatever the true distance.
+) -> torch.Tensor:
+    """Keys of sink tokens that lie behind the window, at rotary distance `window_size - index` whatever the true distance:
+    (batch, kv_heads, num_sink_tokens, head_dim), scaled.
 
     Only the difference of two positions matters, so the few sink keys are turned by it, instead of all queries: backwards,
     hence the minus. The second factor `cos^2 + sin^2` is what turning the queries would have scaled them by.
     """
-    count = slots.sink_keys.shape[2]
-    distance = window_size - torch.arange(count, device=query.device)
+    distance = window_size - torch.arange(slots.sink_keys.shape[2], device=query.device)
     attention_scaling = (cos[:1].square() + sin[:1].square()).sqrt()
     scaling = scaling * attention_scaling
     dtype = torch.promote_types(query.dtype, torch.float32)
-    keys = rotate(slots.sink_keys.to(dtype), scaling * cos[distance], -scaling * sin[distance])
-    groups = query.shape[1] // keys.shape[1]
-    logits = query.to(dtype) @ keys.repeat_interleave(groups, 1).mT
+    return rotate(slots.sink_keys.to(dtype), scaling * cos[distance], -scaling * sin[distance])
+
+
+def _sinks(query: torch.Tensor, slots: Slots, window_size: int, turned_keys: torch.Tensor) -> Sinks:
+    count, groups = turned_keys.shape[2], query.shape[1] // turned_keys.shape[1]
+    logits = query.to(turned_keys.dtype) @ turned_keys.repeat_interleave(groups, 1).mT
     if not _all_have_older(slots, query.shape[2], window_size, count):
         hidden = _num_older(slots, query.shape[2], window_size)[..., None] <= torch.arange(count, device=query.device)
         logits = logits.masked_fill(hidden, float("-inf"))
     return Sinks(logits, slots.sink_values)
+
+
+def _for_all_queries(far: FarField, length: int) -> FarField:
+    """The far field of the last of `length` queries, and nothing for those before them."""
+    early = length - far.value.shape[2]
+    if early == 0:
+        return far
+    return FarField(F.pad(far.value, (0, 0, early, 0)), F.pad(far.logit, (early, 0), value=float("-inf")))
 
 
 def _virtual_token(far: FarReadout, logit: torch.Tensor, norm: Callable | None) -> FarField:
@@ -416,14 +444,15 @@ def _far_field(
     form = rule.reference if explicit else rule.step if count == 1 and memory is not None else rule.chunked
     options = {"divides": True} if rule.divides else {}
     read = form(paired, **tokens, memory=memory, **options)
+    readers = length - early
     far = FarReadout(
-        pad_zeros(read.numerator[:, :, skip:], (0, 0, early, 0)),
-        None if read.denominator is None else pad_zeros(read.denominator[:, :, skip:], (early, 0)),
-        log_scale,
+        read.numerator[:, :, skip:],
+        None if read.denominator is None else read.denominator[:, :, skip:],
+        None if log_scale is None else log_scale[:, :, early:],
         None
-        if _all_have_older(slots, length, window_size, num_sinks + 1)
-        else _num_older(slots, length, window_size) <= num_sinks,
-        pad_zeros(read.weights[:, :, skip:], (start, num_slots - end, early, 0)) if explicit else None,
+        if _all_have_older(slots, readers, window_size, num_sinks + 1)
+        else _num_older(slots, readers, window_size) <= num_sinks,
+        pad_zeros(read.weights[:, :, skip:], (start, num_slots - end)) if explicit else None,
         rule.divides,
     )
     return far, read.memory if keeps_all else memory

@@ -1,11 +1,11 @@
-"""The near field and its merging with sinks and far field as kernels for CPUs, in float32: `window_blocked` without its
-passes over memory. See window_cpu.cpp; the gradients' formulas are those of `window_triton`.
+"""The near field and its merging with sinks and far field as kernels for CPUs, in float32: rotary positions, the scores of sinks
+and `window_blocked` without their passes over memory. See window_cpu.cpp; the gradients' formulas are those of `window_triton`.
 """
 
 import torch
 
 from .cpu_kernels import contiguous_rows, load_cpu_kernels
-from .window_attention import FarField, Sinks, WindowOutput, window_blocked
+from .window_attention import FarField
 
 
 def window_fused(
@@ -14,21 +14,33 @@ def window_fused(
     value: torch.Tensor,
     window_size: int,
     first_real: int | torch.Tensor = 0,
-    sinks: Sinks | None = None,
+    sinks: tuple[torch.Tensor, torch.Tensor] | None = None,
     far: FarField | None = None,
     is_causal: bool = True,
-    dropout: float = 0.0,
-) -> WindowOutput:
-    """The formula of `window_attention`; with dropout by `window_blocked`. Shapes: see there. First derivatives only."""
-    if dropout > 0.0:
-        return window_blocked(query, key, value, window_size, first_real, sinks, far, is_causal, dropout)
+    rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
+    scaling: float = 1.0,
+) -> torch.Tensor:
+    """The formula of `window_attention` without dropout, of queries and keys before their positions and `scaling`. First derivatives
+    only.
+
+    Args:
+        query, key, value, first_real: see `window_attention`.
+        sinks: keys, scaled and turned back by their distance (see `kermit_attention.sink_keys`), and values of the sinks, both
+            (batch, kv_heads, sinks, head_dim); each is seen once it lies behind the window.
+        far: of the last queries, as many as it has rows; those before them have none.
+        rotary: cosine and sine of slot numbers, both (slots or more, head_dim / 2 or more), without gradients.
+        scaling: of the scores of keys.
+
+    Returns (batch, heads, seq, head_dim).
+    """
     if not isinstance(first_real, torch.Tensor):
         first_real = torch.full((query.shape[0],), first_real)
+    states = [contiguous_rows(tensor) for tensor in (query, key, value)]
+    rotary = (None, None) if rotary is None else [contiguous_rows(table) for table in rotary]
     sinks = (None, None) if sinks is None else [contiguous_rows(tensor) for tensor in sinks]
     far = (None, None) if far is None else [contiguous_rows(far.value), far.logit.float()]
-    states = [contiguous_rows(tensor) for tensor in (query, key, value)]
-    output = _FusedWindow.apply(*states, *sinks, *far, first_real.long().contiguous(), window_size, is_causal)
-    return WindowOutput(output)
+    numbers = first_real.long().contiguous(), scaling, window_size, is_causal
+    return _FusedWindow.apply(*states, *rotary, *sinks, *far, *numbers)
 
 
 class _FusedWindow(torch.autograd.Function):
@@ -37,14 +49,14 @@ class _FusedWindow(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *arguments):
         output, *sums = load_cpu_kernels("kermit_hf").window_forward(*arguments)
-        ctx.save_for_backward(*arguments[:-2], output, *sums)
-        ctx.window, ctx.is_causal = arguments[-2:]
+        ctx.save_for_backward(*arguments[:-3], output, *sums)
+        ctx.numbers = arguments[-3:]
         return output
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        grads = load_cpu_kernels("kermit_hf").window_backward(
-            *ctx.saved_tensors, contiguous_rows(grad), ctx.window, ctx.is_causal
-        )
-        return *grads, None, None, None
+        kernels = load_cpu_kernels("kermit_hf")
+        grads = kernels.window_backward(*ctx.saved_tensors, contiguous_rows(grad), *ctx.numbers)
+        states, others = grads[:3], grads[3:]
+        return *states, None, None, *others, None, None, None, None

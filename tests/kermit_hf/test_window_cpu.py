@@ -1,4 +1,5 @@
-"""The near field in C++: outputs and gradients = the reference in float64, whatever stands beside the window.
+"""The near field in C++, rotary positions and scores of sinks included: outputs and gradients = the reference in float64, whatever
+stands beside the window.
 
 1e-5 relative to the largest entry: float32 rounds scores of about 5 to 6e-7, sums of up to 700 weights to about 2e-6.
 """
@@ -9,9 +10,9 @@ import pytest
 import torch
 
 from kermit_hf import kernel_backend, window_cpu
-from kermit_hf.backends import find_window
+from kermit_hf.backends import find_fused_window
 from kermit_hf.cpu_kernels import cpu_misfit
-from kermit_hf.window_attention import FarField, Sinks, window_blocked, window_reference
+from kermit_hf.window_attention import FarField, Sinks, window_reference
 from kermit_hf.window_cpu import window_fused
 from tests.kermit_hf.test_kernel_attention import assert_close
 from tests.kermit_hf.tiny_models import place, tiny_model, tokens
@@ -23,7 +24,8 @@ TOLERANCE = 1e-5
 
 
 class Case(NamedTuple):
-    """Sizes and which parts there are; `slots` are the keys, of which the last `length` belong to the queries."""
+    """Sizes and which parts there are; `slots` are the keys, of which the last `length` belong to the queries, and of these
+    all but `early` have a far field."""
 
     length: int
     slots: int
@@ -34,22 +36,29 @@ class Case(NamedTuple):
     kv_heads: int = 1
     sinks: int = 0
     far: bool = False
+    early: int = 0
+    rotary: bool = False
     padded: bool = False
     is_causal: bool = True
 
 
-EVERYTHING = {"batch": 2, "heads": 4, "kv_heads": 2, "sinks": 3, "far": True, "padded": True}
+EVERYTHING = {"batch": 2, "heads": 4, "kv_heads": 2, "sinks": 3, "far": True, "early": 9, "rotary": True, "padded": True}
+SCALING = 0.7
 CASES = {
     "near field alone": Case(37, 37, 8, 8),
+    "positions": Case(37, 37, 8, 8, rotary=True),
+    "sinks without positions": Case(100, 120, 8, 8, sinks=2, padded=True),
+    "no far field in the first blocks": Case(200, 200, 8, 130, heads=2, far=True, early=130),
     "everything": Case(70, 90, 16, 9, **EVERYTHING),
     "both ways": Case(70, 70, 16, 9, **EVERYTHING, is_causal=False),
-    "whole blocks": Case(256, 256, 64, 128, heads=2, sinks=4, far=True),
+    "whole blocks": Case(256, 256, 64, 128, heads=2, sinks=4, far=True, early=128, rotary=True),
     "wide window": Case(40, 140, 32, 100, far=True),
     "window of one": Case(5, 33, 24, 1, batch=2, sinks=1, far=True, padded=True),
     "one query": Case(1, 50, 16, 20, sinks=2, far=True),
     "one token": Case(1, 1, 4, 3, far=True),
     "large heads": Case(35, 35, 128, 20, sinks=4, far=True),
-    "heads that are no whole vectors": Case(130, 150, 19, 40, **EVERYTHING),
+    "heads that are no whole vectors": Case(130, 150, 22, 40, **EVERYTHING),
+    "odd heads": Case(130, 150, 19, 40, **{**EVERYTHING, "rotary": False}),
     "more sinks than a tile": Case(70, 70, 16, 9, heads=2, sinks=70, far=True),
     "several spans": Case(1100, 1300, 8, 128, **EVERYTHING),
     "several spans, both ways": Case(1100, 1100, 8, 128, **EVERYTHING, is_causal=False),
@@ -59,7 +68,8 @@ CASES = {
 
 
 def make_inputs(case: Case) -> tuple[dict[str, torch.Tensor], int | torch.Tensor]:
-    """Tensors by name, and the first real slot. Some queries see no far field, or not all sinks."""
+    """Tensors by name, and the first real slot. Some queries see no far field, or not all sinks; in a padded batch, the first row's
+    first token has left."""
     queries, keys = (case.batch, case.heads, case.length), (case.batch, case.kv_heads, case.slots)
     tensors = {
         "query": 1.5 * case.head_dim**-0.5 * torch.randn(*queries, case.head_dim),
@@ -67,27 +77,64 @@ def make_inputs(case: Case) -> tuple[dict[str, torch.Tensor], int | torch.Tensor
         "value": torch.randn(*keys, case.head_dim),
     }
     if case.sinks:
-        logits = torch.randn(*queries, case.sinks)
-        tensors["sink_logits"] = logits.masked_fill(torch.rand(logits.shape) < 0.3, float("-inf"))
+        tensors["sink_keys"] = torch.randn(case.batch, case.kv_heads, case.sinks, case.head_dim)
         tensors["sink_values"] = torch.randn(case.batch, case.kv_heads, case.sinks, case.head_dim)
     if case.far:
-        logits = torch.randn(queries)
-        tensors["far_value"] = torch.randn(*queries, case.head_dim)
+        logits = torch.randn(case.batch, case.heads, case.length - case.early)
+        tensors["far_value"] = torch.randn(*logits.shape, case.head_dim)
         tensors["far_logit"] = logits.masked_fill(torch.rand(logits.shape) < 0.3, float("-inf"))
-    return tensors, torch.randint(1, max(case.slots // 2, 2), (case.batch,)) if case.padded else 0
+    if not case.padded:
+        return tensors, 0
+    first_real = torch.randint(1, max(case.slots // 2, 2), (case.batch,))
+    first_real[0] = -5
+    return tensors, first_real
 
 
-def attend(form, tensors: dict[str, torch.Tensor], case: Case, first_real: int | torch.Tensor = 0) -> torch.Tensor:
-    sinks = Sinks(tensors["sink_logits"], tensors["sink_values"]) if case.sinks else None
+def rotary_angles(case: Case) -> torch.Tensor:
+    """One more slot than there are."""
+    return torch.arange(case.slots + 1)[:, None] * 3.0 ** -torch.arange(case.head_dim // 2)
+
+
+def attend_fused(tensors: dict[str, torch.Tensor], case: Case, first_real: int | torch.Tensor = 0) -> torch.Tensor:
+    sinks = (tensors["sink_keys"], tensors["sink_values"]) if case.sinks else None
     far = FarField(tensors["far_value"], tensors["far_logit"]) if case.far else None
     states = tensors["query"], tensors["key"], tensors["value"]
-    return form(*states, case.window, first_real, sinks, far, case.is_causal).output
+    # Tables may be wider than half a head.
+    tables = rotary_angles(case).repeat(1, 2)
+    rotary = (tables.cos(), tables.sin()) if case.rotary else None
+    return window_fused(*states, case.window, first_real, sinks, far, case.is_causal, rotary, SCALING)
 
 
-def run(form, tensors: dict[str, torch.Tensor], case: Case, first_real: int | torch.Tensor) -> list[torch.Tensor]:
+def attend_reference(tensors: dict[str, torch.Tensor], case: Case, first_real: int | torch.Tensor = 0) -> torch.Tensor:
+    query, key, past = tensors["query"], tensors["key"], case.slots - case.length
+    sinks = far = None
+    if case.sinks:
+        logits = query @ tensors["sink_keys"].repeat_interleave(case.heads // case.kv_heads, 1).mT
+        first = torch.as_tensor(first_real).view(-1, 1, 1, 1)
+        behind = torch.arange(past, case.slots)[:, None] - case.window >= first + torch.arange(case.sinks)
+        sinks = Sinks(logits.masked_fill(~behind, float("-inf")), tensors["sink_values"])
+    if case.far:
+        value, logit = tensors["far_value"], tensors["far_logit"]
+        nothing = logit.new_full((*logit.shape[:2], case.early), float("-inf"))
+        value = torch.cat([value.new_zeros(*nothing.shape, case.head_dim), value], 2)
+        far = FarField(value, torch.cat([nothing, logit], 2))
+    if case.rotary:
+        query, key = turned(query, case, past), turned(key, case, 0)
+    states = SCALING * query, key, tensors["value"]
+    return window_reference(*states, case.window, first_real, sinks, far, case.is_causal).output
+
+
+def turned(states: torch.Tensor, case: Case, first_slot: int) -> torch.Tensor:
+    """Halves of a head as real and imaginary parts, times e^(i angle)."""
+    angles = rotary_angles(case)[first_slot : first_slot + states.shape[2]].to(states.dtype)
+    turned = torch.complex(*states.chunk(2, -1)) * torch.polar(torch.ones_like(angles), angles)
+    return torch.cat([turned.real, turned.imag], -1)
+
+
+def run(attend, tensors: dict[str, torch.Tensor], case: Case, first_real: int | torch.Tensor) -> list[torch.Tensor]:
     """The output and the gradients of its sum with fixed random weights."""
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
-    output = attend(form, leaves, case, first_real)
+    output = attend(leaves, case, first_real)
     weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(1))
     return [output, *torch.autograd.grad((output * weights).sum(), list(leaves.values()))]
 
@@ -97,7 +144,7 @@ def test_outputs_and_gradients_are_those_of_the_reference(name):
     case = CASES[name]
     tensors, first_real = make_inputs(case)
     exact = {name: tensor.double() for name, tensor in tensors.items()}
-    results, targets = run(window_fused, tensors, case, first_real), run(window_reference, exact, case, first_real)
+    results, targets = run(attend_fused, tensors, case, first_real), run(attend_reference, exact, case, first_real)
     for part, result, target in zip(("output", *tensors), results, targets, strict=True):
         assert result.dtype == torch.float32
         assert_close(result, target, TOLERANCE, part)
@@ -112,7 +159,7 @@ def test_every_length_window_and_past_agree_with_the_reference():
                     case = Case(length, length + past, 4, window, far=True, is_causal=is_causal)
                     tensors, _ = make_inputs(case)
                     exact = {name: tensor.double() for name, tensor in tensors.items()}
-                    results, targets = run(window_fused, tensors, case, 0), run(window_reference, exact, case, 0)
+                    results, targets = run(attend_fused, tensors, case, 0), run(attend_reference, exact, case, 0)
                     for part, result, target in zip(("output", *tensors), results, targets, strict=True):
                         # Rounding is all that is left of a gradient that is zero, where a query sees one token.
                         close = (result - target).abs().max() < TOLERANCE * target.abs().max().clamp(min=1.0)
@@ -124,7 +171,7 @@ def test_inputs_may_lie_in_any_way_in_memory(name):
     """As projections leave them, (batch, seq, heads, dim), as a slice of a larger tensor, and with a strided last axis."""
     case = CASES[name]
     tensors, first_real = make_inputs(case)
-    expected = run(window_fused, tensors, case, first_real)
+    expected = run(attend_fused, tensors, case, first_real)
     layouts = (
         lambda tensor: tensor.transpose(1, 2).contiguous().transpose(1, 2),
         lambda tensor: torch.cat([tensor, tensor], 2)[:, :, : tensor.shape[2]],
@@ -132,7 +179,7 @@ def test_inputs_may_lie_in_any_way_in_memory(name):
     )
     for layout in layouts:
         strided = {name: layout(tensor) for name, tensor in tensors.items()}
-        for result, target in zip(run(window_fused, strided, case, first_real), expected, strict=True):
+        for result, target in zip(run(attend_fused, strided, case, first_real), expected, strict=True):
             assert torch.equal(result, target)
 
 
@@ -142,8 +189,8 @@ def test_the_gradient_of_a_plain_sum_is_taken_too():
     tensors, first_real = make_inputs(case)
     leaves = {name: tensor.requires_grad_() for name, tensor in tensors.items()}
     grads = [
-        torch.autograd.grad(attend(form, leaves, case, first_real).sum(), list(leaves.values()))
-        for form in (window_fused, window_reference)
+        torch.autograd.grad(attend(leaves, case, first_real).sum(), list(leaves.values()))
+        for attend in (attend_fused, attend_reference)
     ]
     for result, target in zip(*grads, strict=True):
         assert_close(result, target, 1e-4)
@@ -157,7 +204,7 @@ def test_the_number_of_threads_changes_nothing():
     try:
         for count in (1, 2, 5):
             torch.set_num_threads(count)
-            results.append(run(window_fused, tensors, case, first_real))
+            results.append(run(attend_fused, tensors, case, first_real))
     finally:
         torch.set_num_threads(threads)
     for others in results[1:]:
@@ -168,13 +215,13 @@ def test_no_query_sees_beyond_its_window():
     """Bit for bit, and without a gradient."""
     case = Case(190, 190, 8, 70)
     tensors, _ = make_inputs(case)
-    before = attend(window_fused, tensors, case)
+    before = attend_fused(tensors, case)
     for name in ("key", "value"):
         changed = tensors[name].clone()
         changed[:, :, 151:] += 1
         changed[:, :, :81] += 1
         leaf = changed.requires_grad_()
-        after = attend(window_fused, {**tensors, name: leaf}, case)
+        after = attend_fused({**tensors, name: leaf}, case)
         assert torch.equal(after[:, :, 150], before[:, :, 150])
         (grad,) = torch.autograd.grad(after[:, :, 150].sum(), leaf)
         assert grad[:, :, :81].count_nonzero() == grad[:, :, 151:].count_nonzero() == 0
@@ -188,8 +235,8 @@ def test_large_logits_neither_overflow_nor_lose_the_gradient(size):
     tensors = {name: size * tensor if "value" not in name else tensor for name, tensor in tensors.items()}
     exact = {name: tensor.double() for name, tensor in tensors.items()}
     # Scores of up to 1e6 are known to about 0.1 in float32, which decides between close ones.
-    output, *grads = run(window_fused, tensors, case, 0)
-    close = (output - attend(window_reference, exact, case)).abs().amax(-1) < 1e-2
+    output, *grads = run(attend_fused, tensors, case, 0)
+    close = (output - attend_reference(exact, case)).abs().amax(-1) < 1e-2
     assert close.float().mean() > 0.9
     assert all(result.isfinite().all() for result in (output, *grads))
 
@@ -197,10 +244,10 @@ def test_large_logits_neither_overflow_nor_lose_the_gradient(size):
 def test_sinks_and_far_field_that_nobody_sees_leave_the_near_field_as_it_is():
     case = Case(100, 100, 8, 10, sinks=2, far=True)
     tensors, _ = make_inputs(case)
-    for name in ("sink_logits", "far_logit"):
-        tensors[name].fill_(float("-inf"))
-    output, *grads = run(window_fused, tensors, case, 0)
-    assert torch.equal(output, attend(window_fused, tensors, case._replace(sinks=0, far=False)))
+    tensors["far_logit"].fill_(float("-inf"))
+    # The first token comes so late that no sink is behind a window.
+    output, *grads = run(attend_fused, tensors, case, torch.tensor([90]))
+    assert torch.equal(output, attend_fused(tensors, case._replace(sinks=0, far=False), torch.tensor([90])))
     for name, grad in zip(tensors, grads, strict=True):
         assert grad.isfinite().all()
         assert ("sink" in name or "far" in name) == (grad.count_nonzero() == 0), name
@@ -279,8 +326,8 @@ def test_a_cached_text_goes_on_as_if_it_had_been_read_at_once(calls):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_other_dtypes_are_left_to_torch(dtype, calls):
     with kernel_backend("cpp"):
-        assert find_window(torch.zeros(1, 1, 20, 4), 0) is window_fused
-        assert find_window(torch.zeros(1, 1, 20, 4, dtype=dtype), 0) is window_blocked
+        assert find_fused_window(torch.zeros(1, 1, 20, 4)) is window_fused
+        assert find_fused_window(torch.zeros(1, 1, 20, 4, dtype=dtype)) is None
         tiny_model("additive").to(dtype)(tokens(1, 20))
     assert calls == []
 
@@ -289,28 +336,29 @@ def test_torch_compile_and_torch_func_are_left_to_torch(monkeypatch):
     forms, query = [], torch.zeros(1, 1, 20, 4)
 
     def choose(states):
-        forms.append(find_window(states, 0))
+        forms.append(find_fused_window(states))
         return states.sum()
 
     with kernel_backend("cpp"):
         torch.func.grad(choose)(query)
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
         choose(query)
-    assert forms == [window_blocked, window_blocked]
+    assert forms == [None, None]
 
 
 def test_dropout_is_left_to_torch(calls):
-    case = Case(40, 40, 8, 10)
-    tensors, _ = make_inputs(case)
-    output = window_fused(tensors["query"], tensors["key"], tensors["value"], case.window, dropout=0.5).output
-    assert output.count_nonzero() < output.numel()
-    assert calls == []
+    model = tiny_model("additive", attention_dropout=0.5).train()
+    with kernel_backend("cpp"):
+        model(tokens(1, 50))
+        assert calls == []
+        model.eval()(tokens(1, 50))
+    assert calls
 
 
 def test_a_second_derivative_is_refused():
     case = Case(40, 40, 8, 10)
     tensors, _ = make_inputs(case)
     query = tensors["query"].requires_grad_()
-    (grad,) = torch.autograd.grad(attend(window_fused, tensors, case).square().sum(), query, create_graph=True)
+    (grad,) = torch.autograd.grad(attend_fused(tensors, case).square().sum(), query, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
