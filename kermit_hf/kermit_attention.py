@@ -214,8 +214,13 @@ def _attend(
     scaling: float,
     dropout: float,
 ) -> KermitAttentionOutput:
-    far, memory = _far_field(query, slots, window_size, update_rule, map_queries, map_keys, is_causal, explicit)
     length, num_slots = query.shape[2], slots.keys.shape[2]
+    # A window over everything is ordinary attention, which torch has a kernel for.
+    fuses = 0 < window_size < num_slots and length > 1 and dropout == 0.0 and not explicit
+    fused = find_fused_window(query) if fuses else None
+    far, memory, query, slots = _far_field(
+        query, slots, window_size, update_rule, map_queries, map_keys, is_causal, explicit, hands_on=fused is not None
+    )
     far_field, far_weights = None, None
     if far is not None:
         early = length - far.numerator.shape[2]
@@ -238,20 +243,16 @@ def _attend(
     sink_keys = None
     if num_slots > window_size and slots.sink_keys.shape[2] > 0:
         sink_keys = _turned_sink_keys(query, slots, window_size, cos, sin, scaling)
+    if fused is not None:
+        sinks = None if sink_keys is None else (sink_keys, slots.sink_values)
+        parts = window_size, slots.first_real, sinks, far_field, is_causal, rotary, scaling
+        return KermitAttentionOutput(fused(query, slots.keys, slots.values, *parts), memory)
     if explicit:
         window = window_reference
     elif length == 1 and is_causal:
         window = window_step
-    elif num_slots <= window_size:
-        # A window over everything is ordinary attention, which torch has a kernel for.
-        window = window_blocked
     else:
-        fused = find_fused_window(query) if dropout == 0.0 else None
-        if fused is not None:
-            sinks = None if sink_keys is None else (sink_keys, slots.sink_values)
-            parts = window_size, slots.first_real, sinks, far_field, is_causal, rotary, scaling
-            return KermitAttentionOutput(fused(query, slots.keys, slots.values, *parts), memory)
-        window = find_window(query, slots.sink_keys.shape[2])
+        window = find_window(query, slots.sink_keys.shape[2]) if num_slots > window_size else window_blocked
     turned_query = rotate(
         query, scaling * cos[num_slots - length : num_slots], scaling * sin[num_slots - length : num_slots]
     )
@@ -404,58 +405,98 @@ def _far_field(
     map_keys: Callable,
     is_causal: bool,
     explicit: bool,
-) -> tuple[FarReadout | None, KernelMemory | None]:
-    """What each query reads of slots older than its window, and the memory after the absorbed slots."""
+    hands_on: bool,
+) -> tuple[FarReadout | None, KernelMemory | None, torch.Tensor, Slots]:
+    """What each query reads of slots older than its window, and the memory after the absorbed slots; also queries and slots, which
+    with `hands_on` have to be used from now on instead of the given ones, by what `_TakePart` asks for."""
     rule = UPDATE_RULES[update_rule]
     num_slots, length = slots.keys.shape[2], query.shape[2]
     num_sinks = slots.sink_keys.shape[2]
     if num_slots <= window_size:
-        return None, slots.memory
+        return None, slots.memory, query, slots
     if not explicit and length > 1:
         kernel = find_kernel(update_rule, map_queries, map_keys, query, slots.values)
         if kernel is not None:
             options = {"takes_mask": kernel.takes_mask, "divides": kernel.divides}
             rule = rule._replace(chunked=kernel.chunked, step=kernel.chunked, **options)
             map_queries, map_keys = kernel.map_queries, kernel.map_keys
-    query_features, log_scale = map_queries(query)
     if not is_causal:
-        return _far_both_ways(query_features, log_scale, slots, window_size, rule, map_keys, explicit), None
+        far = _far_both_ways(*map_queries(query), slots, window_size, rule, map_keys, explicit)
+        return far, None, query, slots
 
     start, end = 0, num_slots - window_size
     absorbed = end if slots.num_absorbed is None else slots.num_absorbed
     if isinstance(slots.first_real, int):
         # Sinks never enter the memory. Without padding they are the same slots in every row, and a slice leaves them out.
         start = min(max(slots.first_real + num_sinks, 0), end)
-    tokens = _far_tokens(slots, start, end, map_keys, rule.takes_mask)
-    memory, keeps_all = slots.memory, absorbed >= end
-    if not keeps_all and absorbed > start:
-        # Tokens that may still be rolled back are read through a memory that is thrown away.
-        first = {name: tensor[:, :, : absorbed - start] for name, tensor in tokens.items()}
-        memory = rule.chunked(first["key"], **first, memory=memory).memory
-        tokens = {name: tensor[:, :, absorbed - start :] for name, tensor in tokens.items()}
-        start = absorbed
-    count = end - start
-    if count == 0:
-        return None, memory
+    if start == end:
+        return None, slots.memory, query, slots
+    reads_from = absorbed if start < absorbed < end else start
+    count = end - reads_from
 
     # The query in slot i reads up to slot i - window_size: the last queries pair up with the last of these tokens.
     early, skip = max(length - count, 0), max(count - length, 0)
-    paired = pad_zeros(query_features, (0, 0, skip, 0))[:, :, early:]
+    readers, query = _take_part(query, early, length, hands_on)
+    keys, rest_of_keys = _take_part(slots.keys, start, end, hands_on)
+    values, rest_of_values = _take_part(slots.values, start, end, hands_on)
+    gates = {name: _take_part(gate, start, end, False)[0] for name, gate in slots.gates.items()}
+    slots = slots._replace(keys=rest_of_keys, values=rest_of_values)
+
+    query_features, log_scale = map_queries(readers)
+    tokens = _far_tokens({"key": map_keys(keys), "value": values, **gates}, slots, start, rule.takes_mask)
+    memory = slots.memory
+    if reads_from > start:
+        # Tokens that may still be rolled back are read through a memory that is thrown away.
+        first = {name: tensor[:, :, : reads_from - start] for name, tensor in tokens.items()}
+        memory = rule.chunked(first["key"], **first, memory=memory).memory
+        tokens = {name: tensor[:, :, reads_from - start :] for name, tensor in tokens.items()}
+    paired = pad_zeros(query_features, (0, 0, skip, 0))
     form = rule.reference if explicit else rule.step if count == 1 and memory is not None else rule.chunked
     options = {"divides": True} if rule.divides else {}
     read = form(paired, **tokens, memory=memory, **options)
-    readers = length - early
+    num_readers = length - early
     far = FarReadout(
         read.numerator[:, :, skip:],
         None if read.denominator is None else read.denominator[:, :, skip:],
-        None if log_scale is None else log_scale[:, :, early:],
+        log_scale,
         None
-        if _all_have_older(slots, readers, window_size, num_sinks + 1)
-        else _num_older(slots, readers, window_size) <= num_sinks,
+        if _all_have_older(slots, num_readers, window_size, num_sinks + 1)
+        else _num_older(slots, num_readers, window_size) <= num_sinks,
         pad_zeros(read.weights[:, :, skip:], (start, num_slots - end)) if explicit else None,
         rule.divides,
     )
-    return far, read.memory if keeps_all else memory
+    return far, read.memory if absorbed >= end else memory, query, slots
+
+
+def _take_part(tensor: torch.Tensor, start: int, end: int, hands_on: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Slots start ... end, and the tensor to go on with."""
+    if hands_on:
+        return _TakePart.apply(tensor, start, end)
+    if end - start == tensor.shape[2]:
+        return tensor, tensor
+    # `split`, because its gradient writes what it fills with zeros once, and that of a slice twice.
+    return tensor.split([start, end - start, tensor.shape[2] - end], 2)[1], tensor
+
+
+class _TakePart(torch.autograd.Function):
+    """Slots start ... end, and the tensor itself, to be used from then on. The gradient of the former is added to that of the latter
+    in place, where autograd would make two more as large as the tensor: nobody else may hold it, so all that goes into it
+    has to come from an operation that makes its gradients anew."""
+
+    @staticmethod
+    def forward(ctx, tensor, start, end):
+        ctx.start, ctx.end, ctx.shape = start, end, tensor.shape
+        ctx.set_materialize_grads(False)
+        return tensor[:, :, start:end], tensor.view_as(tensor)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_part, grad):
+        if grad is None and grad_part is not None:
+            grad = grad_part.new_zeros(ctx.shape)
+        if grad_part is not None:
+            grad[:, :, ctx.start : ctx.end] += grad_part
+        return grad, None, None
 
 
 def _far_both_ways(
@@ -477,7 +518,11 @@ def _far_both_ways(
         count = num_slots - shift
         if count <= 0:
             continue
-        tokens = _far_tokens(slots, *((shift, num_slots) if flip else (0, count)), map_keys, rule.takes_mask)
+        start, end = (shift, num_slots) if flip else (0, count)
+        parts = {"value": slots.values, **slots.gates}
+        parts = {name: _take_part(tensor, start, end, False)[0] for name, tensor in parts.items()}
+        key = map_keys(_take_part(slots.keys, start, end, False)[0])
+        tokens = _far_tokens({"key": key, **parts}, slots, start, rule.takes_mask)
         queries = query_features[:, :, :count] if flip else query_features[:, :, shift:]
         if flip:
             queries, tokens = queries.flip(2), {name: tensor.flip(2) for name, tensor in tokens.items()}
@@ -504,25 +549,21 @@ def _far_both_ways(
     )
 
 
-def _far_tokens(slots: Slots, start: int, end: int, map_keys: Callable, takes_mask: bool) -> dict[str, torch.Tensor]:
-    """Slots start ... end as arguments of a rule; padding and sinks become tokens that leave the memory as it is."""
-    tokens = {"key": slots.keys, "value": slots.values, **slots.gates}
-    if end - start < slots.keys.shape[2]:
-        # `split`, because its gradient writes what it fills with zeros once, and that of a slice twice.
-        sizes = [start, end - start, slots.keys.shape[2] - end]
-        tokens = {name: tensor.split(sizes, 2)[1] for name, tensor in tokens.items()}
-    key = tokens["key"] = map_keys(tokens["key"])
+def _far_tokens(tokens: dict[str, torch.Tensor], slots: Slots, start: int, takes_mask: bool) -> dict[str, torch.Tensor]:
+    """Features of keys, values and gates of the slots from `start` on, as arguments of a rule: padding and sinks become tokens that
+    leave the memory as it is."""
     first = slots.first_real + slots.sink_keys.shape[2]
     if isinstance(first, int) and first <= start:
         return tokens
     if isinstance(slots.first_filled, torch.Tensor):
         first = torch.maximum(first, slots.first_filled)
-    index = torch.arange(start, end, device=key.device)
+    key = tokens["key"]
+    index = torch.arange(start, start + key.shape[2], device=key.device)
     enters = (index >= _column(first)).expand(1 if isinstance(first, int) else len(first), 1, -1)
     if takes_mask:
-        tokens["key_mask"] = enters
+        tokens = tokens | {"key_mask": enters}
     elif "write_strength" not in tokens:
-        tokens["key"] = key * enters[..., None]
+        tokens = tokens | {"key": key * enters[..., None]}
     return tokens | {name: tokens[name] * enters for name in slots.gates}
 
 
