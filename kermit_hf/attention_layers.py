@@ -17,6 +17,7 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import maybe_autocast
 
 from .configuration_kermit import KermitConfig
+from .depthwise_conv import depthwise_conv
 from .feature_maps import FEATURE_MAPS
 from .kermit_attention import KermitAttentionOutput, Slots, first_tokens, kermit_attention
 from .padding import Padding
@@ -209,21 +210,22 @@ class KermitKernelAttention(KermitSoftmaxAttention):
         taps = self.config.conv_kernel_size
         if not taps:
             return projected
-        states = torch.cat(projected, -1).transpose(1, 2)
         if padding is not None:
-            states = states.masked_fill(padding.is_pad(states.shape[2])[:, None], 0.0)
-        if cache is not None:
-            states = cache.update_conv(states, taps, None if padding is None else padding.num_pad)
-        else:
+            is_pad = padding.is_pad(hidden_states.shape[1])[..., None]
+            projected = tuple(states.masked_fill(is_pad, 0.0) for states in projected)
+        channels = [states.shape[-1] for states in projected]
+        if cache is None:
             behind = taps - 1 if self.config.is_causal else taps // 2
-            states = F.pad(states, (behind, taps - 1 - behind))
-        if states.shape[2] == taps:
+            weights = self.conv_weight.split(channels)
+            pairs = zip(projected, weights, strict=True)
+            return tuple(depthwise_conv(states, weight, behind, taps - 1 - behind) for states, weight in pairs)
+        states = cache.update_conv(torch.cat(projected, -1), taps, None if padding is None else padding.num_pad)
+        if states.shape[1] == taps:
             # One token: a product and a sum cost a fifth of a convolution.
-            states = (states.float() * self.conv_weight[:, 0].float()).sum(-1, keepdim=True).to(states.dtype)
+            states = (states.float() * self.conv_weight[:, 0].mT.float()).sum(1, keepdim=True).to(states.dtype)
         else:
-            states = F.conv1d(states, self.conv_weight, groups=states.shape[1])
-        states = states.transpose(1, 2)
-        return states.split([part.shape[-1] for part in projected], -1)
+            states = depthwise_conv(states, self.conv_weight, 0, 0)
+        return states.split(channels, -1)
 
     def _gates(self, hidden_states: torch.Tensor) -> dict[str, torch.Tensor]:
         """log_forget <= 0 and write_strength in (0, 1), (batch, kv_heads, seq), in float32."""

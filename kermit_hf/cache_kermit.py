@@ -129,19 +129,21 @@ class KermitCacheLayer(CacheLayerMixin):
         return length + (self.keys.shape[2] if self.is_initialized else 0)
 
     def update_conv(self, states: torch.Tensor, kernel_size: int, num_pad: torch.Tensor | None = None) -> torch.Tensor:
-        """Puts the last tokens before `states` (batch, channels, seq) in front of them, at least kernel_size - 1."""
+        """Puts the last tokens before `states` (batch, seq, channels) in front of them, kernel_size - 1. The cache holds them as
+        (batch, channels, tokens), and as many more as may still be rolled back."""
+        batch, length, channels = states.shape
         if self.conv_tail is None:
-            self.conv_tail = states.new_zeros(*states.shape[:2], kernel_size - 1)
-        if self.conv_tail.shape[:2] != states.shape[:2]:
+            self.conv_tail = states.new_zeros(batch, channels, kernel_size - 1)
+        if self.conv_tail.shape[:2] != (batch, channels):
             raise ValueError(
                 f"past_key_values: the convolution state has shape {tuple(self.conv_tail.shape)}, but this model and batch "
-                f"need {(*states.shape[:2], kernel_size - 1)}; pass the cache of this model, or None"
+                f"need {(batch, channels, kernel_size - 1)}; pass the cache of this model, or None"
             )
-        full = _append(self.conv_tail.to(states.device), states, num_pad, dim=2)
+        full = _append(self.conv_tail.to(states.device).mT, states, num_pad, dim=1)
         # Called before `update`, which counts these tokens.
-        kept = min(kernel_size - 1 + self._unconfirmed_after(states.shape[2]), full.shape[2])
-        self._write_conv(full[:, :, full.shape[2] - kept :])
-        return full[:, :, full.shape[2] - states.shape[2] - kernel_size + 1 :]
+        kept = min(kernel_size - 1 + self._unconfirmed_after(length), full.shape[1])
+        self._write_conv(full[:, full.shape[1] - kept :].mT)
+        return full[:, full.shape[1] - length - kernel_size + 1 :]
 
     def _unconfirmed_after(self, length: int) -> int:
         return min(self.unconfirmed + length, MAX_ROLLBACK) if self.record_past else 0

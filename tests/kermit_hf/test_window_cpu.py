@@ -42,7 +42,16 @@ class Case(NamedTuple):
     is_causal: bool = True
 
 
-EVERYTHING = {"batch": 2, "heads": 4, "kv_heads": 2, "sinks": 3, "far": True, "early": 9, "rotary": True, "padded": True}
+EVERYTHING = {
+    "batch": 2,
+    "heads": 4,
+    "kv_heads": 2,
+    "sinks": 3,
+    "far": True,
+    "early": 9,
+    "rotary": True,
+    "padded": True,
+}
 SCALING = 0.7
 CASES = {
     "near field alone": Case(37, 37, 8, 8),
