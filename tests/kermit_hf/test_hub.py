@@ -41,6 +41,7 @@ class TestKermitOnTheHub(GenerativeHubRoundTrip):
         "checkpoints.py",
         "cpu_kernels.py",
         "delta_cpu.py",
+        "depthwise_conv.py",
         "favor_cpu.py",
         "feature_maps.py",
         "fla_kernels.py",
