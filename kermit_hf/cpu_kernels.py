@@ -19,7 +19,7 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 SOURCES = sorted(Path(__file__).parent.glob("*_cpu.cpp"))
-HEADER = Path(__file__).with_name("vector_tiles.h")
+HEADERS = sorted(Path(__file__).parent.glob("*.h"))
 # What a compiler may use on a CPU that PyTorch describes so; anything else gets what every CPU of its kind has.
 INSTRUCTIONS = {
     "AVX512": ("-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mavx2", "-mfma"),
@@ -69,7 +69,7 @@ def load_cpu_kernels(namespace: str):
 
     capability = torch.backends.cpu.get_cpu_capability()
     flags = ["-O3", "-fopenmp", "-ffp-contract=fast", "-fvisibility=hidden", *INSTRUCTIONS.get(capability, ())]
-    versions = [torch.__version__, *flags, *(file.read_text() for file in (HEADER, *SOURCES))]
+    versions = [torch.__version__, *flags, *(file.read_text() for file in (*HEADERS, *SOURCES))]
     name = f"{namespace}_{hashlib.sha256(repr(versions).encode()).hexdigest()[:16]}"
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
     library = root / f"{name}.so"

@@ -1,5 +1,6 @@
 """When kernels in C++ can run, what is said where they cannot, and what compiling leaves behind. The kernels have tests of their own."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from torch.utils import cpp_extension
 
 from kermit_hf import cpu_kernels
+from nystromformer_hf import cpu_kernels as nystromformer_cpu_kernels
 
 
 CPU = torch.device("cpu")
@@ -54,3 +56,12 @@ def test_a_compiler_that_fails_leaves_nothing_and_says_what_helps(able, monkeypa
     with pytest.raises(RuntimeError, match=r"could not be compiled: .*choose backend 'torch'"):
         cpu_kernels.load_cpu_kernels.__wrapped__("kermit_hf")
     assert not list((tmp_path / "extensions").iterdir())
+
+
+@pytest.mark.parametrize("module", [cpu_kernels, nystromformer_cpu_kernels])
+def test_a_changed_header_is_compiled_anew(module):
+    """A library is named after all that it was made from."""
+    texts = [file.read_text() for file in (*module.HEADERS, *module.SOURCES)]
+    included = {name for text in texts for name in re.findall(r'^#include "(.+)"', text, re.MULTILINE)}
+    assert "vector_tiles.h" in included
+    assert included == {header.name for header in module.HEADERS}
