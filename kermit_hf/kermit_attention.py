@@ -410,11 +410,9 @@ def _far_field(
     """What each query reads of slots older than its window, and the memory after the absorbed slots; also queries and slots, which
     with `hands_on` have to be used from now on instead of the given ones, by what `_TakePart` asks for."""
     rule = UPDATE_RULES[update_rule]
-    num_slots, length = slots.keys.shape[2], query.shape[2]
-    num_sinks = slots.sink_keys.shape[2]
-    if num_slots <= window_size:
+    if slots.keys.shape[2] <= window_size:
         return None, slots.memory, query, slots
-    if not explicit and length > 1:
+    if not explicit and query.shape[2] > 1:
         kernel = find_kernel(update_rule, map_queries, map_keys, query, slots.values)
         if kernel is not None:
             options = {"takes_mask": kernel.takes_mask, "divides": kernel.divides}
@@ -423,7 +421,21 @@ def _far_field(
     if not is_causal:
         far = _far_both_ways(*map_queries(query), slots, window_size, rule, map_keys, explicit)
         return far, None, query, slots
+    return _far_behind(query, slots, window_size, rule, map_queries, map_keys, explicit, hands_on)
 
+
+def _far_behind(
+    query: torch.Tensor,
+    slots: Slots,
+    window_size: int,
+    rule: UpdateRule,
+    map_queries: Callable,
+    map_keys: Callable,
+    explicit: bool,
+    hands_on: bool,
+) -> tuple[FarReadout | None, KernelMemory | None, torch.Tensor, Slots]:
+    """For decoders: a memory of everything before the window."""
+    num_slots, length, num_sinks = slots.keys.shape[2], query.shape[2], slots.sink_keys.shape[2]
     start, end = 0, num_slots - window_size
     absorbed = end if slots.num_absorbed is None else slots.num_absorbed
     if isinstance(slots.first_real, int):

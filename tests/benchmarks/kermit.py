@@ -9,7 +9,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCach
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from kermit_hf import FEATURE_MAPS, KermitConfig, KermitForCausalLM, kernel_backend
-from kermit_hf.kermit_attention import Slots, kermit_attention
+from kermit_hf.kermit_attention import Slots, first_tokens, kermit_attention
 
 from . import peers, work
 from .compiled import compiled, with_compiled
@@ -30,7 +30,7 @@ LINEAR = (
 )
 
 
-def attention(update_rule: str, feature_map: str, window_size: int) -> Callable[..., torch.Tensor]:
+def attention(length: int, update_rule: str, feature_map: str, window_size: int) -> Callable[..., torch.Tensor]:
     """KERMIT's attention, feature map included, as a function of query, key, value and the gates of the rule."""
     features = FEATURE_MAPS[feature_map](HEAD_DIM, None, HEADS, HEADS)
     features.init_weights()
@@ -38,15 +38,16 @@ def attention(update_rule: str, feature_map: str, window_size: int) -> Callable[
     norm = LlamaRMSNorm(HEAD_DIM).requires_grad_(False)
     sinks = SINKS if window_size else 0
 
+    # A model makes them once for all of its layers.
+    angles = torch.arange(length)[:, None] * 10000.0 ** (-torch.arange(0, HEAD_DIM, 2) / HEAD_DIM)
+    rotary = (angles.cos().repeat(1, 2), angles.sin().repeat(1, 2)) if window_size else None
+
     def attend(query, key, value, **gates):
-        length = query.shape[2]
-        angles = torch.arange(length)[:, None] * 10000.0 ** (-torch.arange(0, HEAD_DIM, 2) / HEAD_DIM)
-        angles = torch.cat([angles, angles], -1)
-        slots = Slots(key, value, gates, 0, key[:, :, :sinks], value[:, :, :sinks])
+        slots = Slots(key, value, gates, 0, *first_tokens(key, value, 0, sinks))
         return kermit_attention(
             query,
             slots,
-            (angles.cos(), angles.sin()) if window_size else None,
+            rotary,
             window_size,
             update_rule,
             features.map_queries,
@@ -68,11 +69,11 @@ def attention_contenders(length: int, backward: bool) -> dict[str, Contender]:
     favor = work.additive(length, FAVOR_FEATURES, HEAD_DIM, 64) + work.random_features(length, FAVOR_FEATURES, HEAD_DIM)
     contenders = {
         "softmax (SDPA)": once(softmax_attention, work.softmax_causal(length, HEAD_DIM)),
-        "additive": once(attention("additive", "elu", 0), additive),
-        "additive + window 128": once(attention("additive", "elu", WINDOW), additive + near),
-        f"additive, {FAVOR_FEATURES} random features": once(attention("additive", "favor", 0), favor),
-        "gated delta": once(attention("delta", "silu_l2", 0), delta, **gates),
-        "gated delta + window 128": once(attention("delta", "silu_l2", WINDOW), delta + near, **gates),
+        "additive": once(attention(length, "additive", "elu", 0), additive),
+        "additive + window 128": once(attention(length, "additive", "elu", WINDOW), additive + near),
+        f"additive, {FAVOR_FEATURES} random features": once(attention(length, "additive", "favor", 0), favor),
+        "gated delta": once(attention(length, "delta", "silu_l2", 0), delta, **gates),
+        "gated delta + window 128": once(attention(length, "delta", "silu_l2", WINDOW), delta + near, **gates),
         "transformers gated delta": once(transformers_gated_delta(), delta, **gates),
     }
     contenders = with_compiled(contenders, LINEAR, kernel_backend)
