@@ -6,6 +6,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
 #include <cmath>
@@ -21,6 +22,8 @@ using namespace tiles;
 using at::Tensor;
 
 constexpr int64_t CHUNK = 48;
+// Chunks between two memories that the forward pass keeps: what the backward pass has of them stays in a core's second cache.
+constexpr int64_t SPAN = 8;
 constexpr float MIN_LOG_DECAY = -40.0f;
 constexpr float MIN_DENOMINATOR = 1e-30f;
 
@@ -47,6 +50,7 @@ struct Sizes {
 
   int64_t groups() const { return heads / kv_heads; }
   int64_t chunks() const { return (length + CHUNK - 1) / CHUNK; }
+  int64_t spans() const { return (chunks() + SPAN - 1) / SPAN; }
 };
 
 // Tokens of a tensor (batch, heads, seq, dim) or (batch, heads, seq) of any strides but that of the last axis, which is one.
@@ -246,23 +250,30 @@ class Reader {
         normalizer_(sizes_.feature_width),
         written_sums_(sizes_.feature_width) {}
 
-  // Takes the memory (features, dims) before the first token and leaves there that after the last one.
-  void run(int64_t b, int64_t h, float* matrix, float* normalizer) {
+  // Takes the memory (features, dims) before the first token and leaves there that after the last one. Keeps, if anything, the
+  // memory before each span.
+  void run(int64_t b, int64_t h, float* matrix, float* normalizer, float* kept_matrices, float* kept_normalizers) {
     const int64_t features = sizes_.features, dims = sizes_.dims;
     std::fill_n(+read_, sizes_.feature_width * sizes_.value_width, 0.0f);
     unpack(features, dims, matrix, dims, read_, sizes_.value_width);
     std::fill(std::copy_n(normalizer, features, +normalizer_), normalizer_ + sizes_.feature_width, 0.0f);
     for (int64_t start = 0; start < sizes_.length; start += CHUNK) {
-      const int64_t rows = std::min(CHUNK, sizes_.length - start);
+      const int64_t rows = std::min(CHUNK, sizes_.length - start), span = start / (SPAN * CHUNK);
+      if (kept_matrices && start % (SPAN * CHUNK) == 0)
+        store_memory(kept_matrices + span * features * dims, kept_normalizers + span * features);
       take_chunk(b, h, start, rows);
       for (int64_t group = 0; group < sizes_.groups(); group++) read(b, h * sizes_.groups() + group, start, rows);
       write(rows);
     }
-    unpack(features, dims, read_, sizes_.value_width, matrix, dims);
-    std::copy_n(+normalizer_, features, normalizer);
+    store_memory(matrix, normalizer);
   }
 
  private:
+  void store_memory(float* matrix, float* normalizer) const {
+    unpack(sizes_.features, sizes_.dims, read_, sizes_.value_width, matrix, sizes_.dims);
+    std::copy_n(+normalizer_, sizes_.features, normalizer);
+  }
+
   void take_chunk(int64_t b, int64_t h, int64_t start, int64_t rows) {
     const int64_t width = sizes_.feature_width;
     reading_.take_keys(b, h, start, rows, keys_);
@@ -339,30 +350,39 @@ Tensor new_states(int64_t batch, int64_t heads, int64_t length, int64_t dims, co
 }
 
 // Shapes as in kernel_attention.py; keep (batch or 1, 1, seq) is zero at tokens that do not enter. Changes the memory, which is
-// contiguous. Returns numerator, divided by the denominator where `divide`, and denominator.
-std::tuple<Tensor, Tensor> additive_forward(const Tensor& query, const Tensor& key, const Tensor& value,
-                                            const std::optional<Tensor>& log_forget, const std::optional<Tensor>& keep,
-                                            Tensor matrix, Tensor normalizer, bool elu, bool divide) {
+// contiguous. Returns numerator, divided by the denominator where `divide`, denominator and, where `keeps`, the memories before each
+// span: (batch, kv_heads, spans, feature_dim, dim) and (batch, kv_heads, spans, feature_dim).
+std::tuple<Tensor, Tensor, Tensor, Tensor> additive_forward(const Tensor& query, const Tensor& key, const Tensor& value,
+                                                            const std::optional<Tensor>& log_forget,
+                                                            const std::optional<Tensor>& keep, Tensor matrix, Tensor normalizer,
+                                                            bool elu, bool divide, bool keeps) {
   const Sizes sizes(query, key, value);
   const Tensor numerator = new_states(sizes.batch, sizes.heads, sizes.length, sizes.dims, query);
   const Tensor denominator = at::empty({sizes.batch, sizes.heads, sizes.length}, query.options());
+  const int64_t spans = keeps ? sizes.spans() : 0;
+  const Tensor kept_matrices = at::empty({sizes.batch, sizes.kv_heads, spans, sizes.features, sizes.dims}, query.options());
+  const Tensor kept_normalizers = at::empty({sizes.batch, sizes.kv_heads, spans, sizes.features}, query.options());
   const Reading reading{sizes,      elu,           divide, Tokens(query), Tokens(key), Tokens(value), tokens_of(log_forget),
                         tokens_of(keep), Tokens(numerator), Tokens(denominator)};
   float *matrices = matrix.data_ptr<float>(), *normalizers = normalizer.data_ptr<float>();
+  float *kept = keeps ? kept_matrices.data_ptr<float>() : nullptr, *kept_sums = kept_normalizers.data_ptr<float>();
   at::parallel_for(0, sizes.batch * sizes.kv_heads, 1, [&](int64_t begin, int64_t end) {
     Reader reader(reading);
-    for (int64_t i = begin; i < end; i++)
-      reader.run(i / sizes.kv_heads, i % sizes.kv_heads, matrices + i * sizes.features * sizes.dims,
-                 normalizers + i * sizes.features);
+    for (int64_t i = begin; i < end; i++) {
+      const int64_t at = i * sizes.features, kept_at = at * spans;
+      reader.run(i / sizes.kv_heads, i % sizes.kv_heads, matrices + at * sizes.dims, normalizers + at,
+                 keeps ? kept + kept_at * sizes.dims : nullptr, kept_sums + kept_at);
+    }
   });
-  return {numerator, denominator};
+  return {numerator, denominator, kept_matrices, kept_normalizers};
 }
 
 // Backward.
 //
 // Memories are transposed here and have the normalizer as their last row, `dims` + 1 rows of features: what is written to them,
 // values with a one beside them, and the gradients of what is read, of a numerator with its denominator, are rows of one matrix.
-// A sweep over the text stores the memory before each chunk, another one back gathers what later chunks read.
+// In each span, the last one first, a sweep over its chunks has the memory before each, another one back gathers what later chunks
+// read.
 
 struct Gradients {
   Reading reading;
@@ -377,10 +397,11 @@ class Differentiator {
       : gradients_(gradients),
         reading_(gradients.reading),
         sizes_(reading_.sizes),
-        keys_(CHUNK * width()),
+        all_keys_(SPAN * CHUNK * width()),
+        all_values_(SPAN * CHUNK * extended()),
+        memories_((SPAN + 1) * memory_size()),
         turned_keys_(CHUNK * width()),
         decayed_keys_(CHUNK * width()),
-        values_(CHUNK * extended()),
         turned_values_(CHUNK * extended()),
         decayed_values_(CHUNK * extended()),
         queries_(CHUNK * width()),
@@ -390,23 +411,31 @@ class Differentiator {
         grad_queries_(TILE_ROWS * width()),
         grad_keys_(CHUNK * width()),
         grad_values_(CHUNK * sizes_.value_width),
-        memories_((sizes_.chunks() + 1) * memory_size()),
         grad_memory_(extended() * width()),
         turned_grad_memory_(extended() * width()),
         written_(memory_size()) {}
 
-  // matrix (features, dims) and normalizer: before the first token. grad_matrix, grad_normalizer: gradient of the memory after the
-  // last token, replaced by that of the memory before the first.
-  void run(int64_t b, int64_t h, const float* matrix, const float* normalizer, float* grad_matrix, float* grad_normalizer) {
-    unpack_memory(matrix, normalizer, memories_);
-    for (int64_t chunk = 0; chunk < sizes_.chunks(); chunk++) {
-      take_chunk(b, h, chunk);
-      write_rows(values_, decayed_keys(), false);
-      carry(memory_size(), decays() ? decays_.all : 1.0f, memory(chunk), written_, memory(chunk + 1));
-    }
+  // matrices (spans, features, dims) and normalizers: before each span. grad_matrix, grad_normalizer: gradient of the memory after
+  // the last token, replaced by that of the memory before the first.
+  void run(int64_t b, int64_t h, const float* matrices, const float* normalizers, float* grad_matrix, float* grad_normalizer) {
     std::fill_n(+grad_memory_, extended() * width(), 0.0f);
     unpack_memory(grad_matrix, grad_normalizer, grad_memory_);
-    for (int64_t chunk = sizes_.chunks() - 1; chunk >= 0; chunk--) take_back(b, h, chunk);
+    for (int64_t span = sizes_.spans() - 1; span >= 0; span--) {
+      const int64_t first = span * SPAN, end = std::min(first + SPAN, sizes_.chunks()), at = span * sizes_.features;
+      unpack_memory(matrices + at * sizes_.dims, normalizers + at, memories_);
+      for (int64_t chunk = first; chunk < end; chunk++) {
+        enter(chunk);
+        take_chunk(b, h);
+        if (chunk + 1 == end && !decays()) break;
+        decay_chunk(b, h);
+        write_rows(values_, decayed_keys(), false);
+        carry(memory_size(), decays() ? decays_.all : 1.0f, memory_, written_, memory_after());
+      }
+      for (int64_t chunk = end - 1; chunk >= first; chunk--) {
+        enter(chunk);
+        take_back(b, h);
+      }
+    }
     pack_memory(grad_memory_, grad_matrix, grad_normalizer);
   }
 
@@ -414,7 +443,7 @@ class Differentiator {
   int64_t width() const { return sizes_.feature_width; }
   int64_t extended() const { return sizes_.extended_width; }
   int64_t memory_size() const { return (sizes_.dims + 1) * width(); }
-  float* memory(int64_t chunk) { return memories_ + chunk * memory_size(); }
+  float* memory_after() const { return memory_ + memory_size(); }
   const Decays* decays() const { return reading_.log_forget ? &decays_ : nullptr; }
   const float* decayed_keys() const { return decays() ? decayed_keys_ : keys_; }
   const float* decayed_values() const { return decays() ? decayed_values_ : values_; }
@@ -439,12 +468,27 @@ class Differentiator {
     product(sizes_.dims + 1, rows_, width(), rows, 1, extended(), features, width(), written_, width(), add);
   }
 
-  void take_chunk(int64_t b, int64_t h, int64_t chunk) {
+  // Chooses a chunk of the span.
+  void enter(int64_t chunk) {
     start_ = chunk * CHUNK, rows_ = std::min(CHUNK, sizes_.length - start_);
+    const int64_t index = chunk % SPAN;
+    keys_ = all_keys_ + index * CHUNK * width();
+    values_ = all_values_ + index * CHUNK * extended();
+    memory_ = memories_ + index * memory_size();
+  }
+
+  // Keys, and values with a one beside them; zeros from the last token on, up to whole vectors.
+  void take_chunk(int64_t b, int64_t h) {
+    const int64_t whole = round_up(rows_);
     reading_.take_keys(b, h, start_, rows_, keys_);
     pack_mapped(rows_, sizes_.dims, reading_.value.at(b, h, start_), reading_.value.stride, values_, extended(),
                 [](Vector x) { return x; });
     for (int64_t i = 0; i < rows_; i++) values_[i * extended() + sizes_.dims] = 1.0f;
+    std::fill(keys_ + rows_ * width(), keys_ + whole * width(), 0.0f);
+    std::fill(values_ + rows_ * extended(), values_ + whole * extended(), 0.0f);
+  }
+
+  void decay_chunk(int64_t b, int64_t h) {
     if (!reading_.log_forget) return;
     decays_.set(rows_, reading_.log_forget->at(b, h, start_), reading_.log_forget->stride);
     for (int64_t i = 0; i < rows_; i++) {
@@ -453,24 +497,22 @@ class Differentiator {
     }
   }
 
-  void take_back(int64_t b, int64_t h, int64_t chunk) {
-    take_chunk(b, h, chunk);
+  void take_back(int64_t b, int64_t h) {
     const int64_t whole = round_up(rows_);
-    std::fill(keys_ + rows_ * width(), keys_ + whole * width(), 0.0f);
-    std::fill(values_ + rows_ * extended(), values_ + whole * extended(), 0.0f);
+    decay_chunk(b, h);
     transpose(whole, width(), keys_, width(), turned_keys_, CHUNK);
     transpose(whole, extended(), values_, extended(), turned_values_, CHUNK);
     transpose(extended(), width(), grad_memory_, width(), turned_grad_memory_, extended());
 
     float sums[CHUNK] = {};
-    if (decays()) sums[rows_ - 1] = dot(memory_size(), memory(chunk + 1), grad_memory_);
-    for (int64_t group = 0; group < sizes_.groups(); group++) take_back_reader(b, h, group, chunk, sums);
+    if (decays()) sums[rows_ - 1] = dot(memory_size(), memory_after(), grad_memory_);
+    for (int64_t group = 0; group < sizes_.groups(); group++) take_back_reader(b, h, group, sums);
     for (int64_t i = 0; i < rows_; i += TILE_ROWS) finish_keys(b, h, i, std::min(TILE_ROWS, rows_ - i), sums);
     if (decays()) finish_gates(b, h, sums);
     carry(memory_size(), decays() ? decays_.all : 1.0f, grad_memory_, written_, grad_memory_);
   }
 
-  void take_back_reader(int64_t b, int64_t h, int64_t group, int64_t chunk, float* sums) {
+  void take_back_reader(int64_t b, int64_t h, int64_t group, float* sums) {
     const int64_t dims = sizes_.dims, head = h * sizes_.groups() + group;
     const bool add = group > 0;
     pack_features(reading_.elu, rows_, sizes_.features, reading_.query.at(b, head, start_), reading_.query.stride, queries_,
@@ -495,7 +537,7 @@ class Differentiator {
       for (int64_t i = 0; i < rows_; i++) scale(extended(), decays_.in[i], grads_ + i * extended());
     for (int64_t i = 0; i < rows_; i += TILE_ROWS) {
       const int64_t count = std::min(TILE_ROWS, rows_ - i);
-      product(count, dims + 1, width(), grads_ + i * extended(), extended(), 1, memory(chunk), width(), grad_queries_, width());
+      product(count, dims + 1, width(), grads_ + i * extended(), extended(), 1, memory_, width(), grad_queries_, width());
       product(count, i + count, width(), grad_weights_ + i * CHUNK, CHUNK, 1, keys_, width(), grad_queries_, width(), true);
       for (int64_t j = i; j < i + count; j++) {
         float *grad = grad_queries_ + (j - i) * width(), *query = queries_ + j * width();
@@ -563,36 +605,46 @@ class Differentiator {
   const Gradients& gradients_;
   const Reading& reading_;
   const Sizes& sizes_;
-  Scratch keys_, turned_keys_, decayed_keys_, values_, turned_values_, decayed_values_, queries_, grads_, weights_, grad_weights_;
-  Scratch grad_queries_, grad_keys_, grad_values_, memories_, grad_memory_, turned_grad_memory_, written_;
+  // Of a span: what is read of keys and values, and the memories before its chunks and after the last one.
+  Scratch all_keys_, all_values_, memories_;
+  Scratch turned_keys_, decayed_keys_, turned_values_, decayed_values_, queries_, grads_, weights_, grad_weights_;
+  Scratch grad_queries_, grad_keys_, grad_values_, grad_memory_, turned_grad_memory_, written_;
+  // Of the chunk that is entered.
+  float *keys_ = nullptr, *values_ = nullptr, *memory_ = nullptr;
   Decays decays_;
   int64_t start_ = 0, rows_ = 0;
 };
+
+// Laid out as the states, so that nobody copies it there, where their last axis is contiguous in a tensor of its own, too.
+Tensor empty_gradient(const Tensor& states) {
+  Tensor gradient = at::empty_like(states);
+  if (gradient.stride(3) != 1) gradient = at::empty(states.sizes(), states.options());
+  ask_for_huge_pages(gradient.data_ptr(), gradient.nbytes());
+  return gradient;
+}
 
 // Given also what `additive_forward` returned, and the gradients of these and of the last memory, None being zero. Changes
 // the latter, contiguous, into the gradients of the first memory. Returns those of query, key, value and log_forget.
 std::tuple<Tensor, Tensor, Tensor, std::optional<Tensor>> additive_backward(
     const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& log_forget,
-    const std::optional<Tensor>& keep, const Tensor& matrix, const Tensor& normalizer, const Tensor& numerator,
-    const Tensor& denominator, const std::optional<Tensor>& grad_numerator, const std::optional<Tensor>& grad_denominator,
+    const std::optional<Tensor>& keep, const Tensor& numerator, const Tensor& denominator, const Tensor& kept_matrices,
+    const Tensor& kept_normalizers, const std::optional<Tensor>& grad_numerator, const std::optional<Tensor>& grad_denominator,
     Tensor grad_matrix, Tensor grad_normalizer, bool elu, bool divide) {
   const Sizes sizes(query, key, value);
-  const Tensor grad_query = new_states(sizes.batch, sizes.heads, sizes.length, sizes.features, query);
-  const Tensor grad_key = new_states(sizes.batch, sizes.kv_heads, sizes.length, sizes.features, query);
-  const Tensor grad_value = new_states(sizes.batch, sizes.kv_heads, sizes.length, sizes.dims, query);
+  const Tensor grad_query = empty_gradient(query), grad_key = empty_gradient(key), grad_value = empty_gradient(value);
   std::optional<Tensor> grad_log_forget;
   if (log_forget) grad_log_forget = at::empty({sizes.batch, sizes.kv_heads, sizes.length}, query.options());
   const Reading reading{sizes,      elu,           divide, Tokens(query), Tokens(key), Tokens(value), tokens_of(log_forget),
                         tokens_of(keep), Tokens(numerator), Tokens(denominator)};
   const Gradients gradients{reading,          tokens_of(grad_numerator), tokens_of(grad_denominator), Tokens(grad_query),
                             Tokens(grad_key), Tokens(grad_value),        tokens_of(grad_log_forget)};
-  const float *matrices = matrix.data_ptr<float>(), *normalizers = normalizer.data_ptr<float>();
+  const float *matrices = kept_matrices.data_ptr<float>(), *normalizers = kept_normalizers.data_ptr<float>();
   float *grad_matrices = grad_matrix.data_ptr<float>(), *grad_normalizers = grad_normalizer.data_ptr<float>();
   at::parallel_for(0, sizes.batch * sizes.kv_heads, 1, [&](int64_t begin, int64_t end) {
     Differentiator differentiator(gradients);
     for (int64_t i = begin; i < end; i++) {
-      const int64_t at = i * sizes.features;
-      differentiator.run(i / sizes.kv_heads, i % sizes.kv_heads, matrices + at * sizes.dims, normalizers + at,
+      const int64_t at = i * sizes.features, kept_at = at * sizes.spans();
+      differentiator.run(i / sizes.kv_heads, i % sizes.kv_heads, matrices + kept_at * sizes.dims, normalizers + kept_at,
                          grad_matrices + at * sizes.dims, grad_normalizers + at);
     }
   });
