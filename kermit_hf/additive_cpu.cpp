@@ -51,6 +51,8 @@ struct Sizes {
   int64_t groups() const { return heads / kv_heads; }
   int64_t chunks() const { return (length + CHUNK - 1) / CHUNK; }
   int64_t spans() const { return (chunks() + SPAN - 1) / SPAN; }
+  // A memory, transposed, with the normalizer as a row behind it.
+  int64_t kept_size() const { return extended_width * feature_width; }
 };
 
 // Tokens of a tensor (batch, heads, seq, dim) or (batch, heads, seq) of any strides but that of the last axis, which is one.
@@ -63,6 +65,15 @@ struct Tokens {
 
   float* at(int64_t b, int64_t h, int64_t token) const { return data + b * batch + h * head + token * stride; }
 };
+
+// Fetches a few tokens, those that there are, into a core's second cache: few at a time, because only so many can be on the way,
+// and while products are computed.
+void fetch(const Tokens& tokens, int64_t b, int64_t h, int64_t first, int64_t length, int64_t dims) {
+  constexpr int64_t LINE = 64 / sizeof(float);
+  asm volatile("");  // without an effect that they know of, some compilers drop the call
+  for (int64_t i = std::max<int64_t>(first, 0); i < std::min(first + TILE_ROWS, length); i++)
+    for (int64_t j = 0; j < dims; j += LINE) __builtin_prefetch(tokens.at(b, h, i) + j, 0, 2);
+}
 
 std::optional<Tokens> tokens_of(const std::optional<Tensor>& tensor) {
   return tensor ? std::optional<Tokens>(*tensor) : std::nullopt;
@@ -92,8 +103,7 @@ Vector exponential_below_zero(Vector x) {
 // elu(x) + 1, as `_EluPlusOne` has it. Not-a-numbers stay what they are: the second one of two is taken.
 Vector elu_plus_one(Vector x) {
   const Vector zero{};
-  const Vector negative = zero < x ? zero : x;
-  return exponential_below_zero(larger(fill(MIN_LOG_DECAY), negative)) + larger(zero, x);
+  return exponential_below_zero(larger(fill(MIN_LOG_DECAY), smaller(zero, x))) + larger(zero, x);
 }
 
 // Rows (rows, width) into whole vectors, whose rest gets zero: `map` of them, a function of a vector.
@@ -246,32 +256,34 @@ class Reader {
         read_(read_width_ * sizes_.value_width),
         values_(read_ + sizes_.feature_width * sizes_.value_width),
         numerators_(TILE_ROWS * sizes_.value_width),
-        written_(sizes_.feature_width * sizes_.value_width),
+        written_(TILE_ROWS * sizes_.value_width),
         normalizer_(sizes_.feature_width),
         written_sums_(sizes_.feature_width) {}
 
   // Takes the memory (features, dims) before the first token and leaves there that after the last one. Keeps, if anything, the
   // memory before each span.
-  void run(int64_t b, int64_t h, float* matrix, float* normalizer, float* kept_matrices, float* kept_normalizers) {
+  void run(int64_t b, int64_t h, float* matrix, float* normalizer, float* kept) {
     const int64_t features = sizes_.features, dims = sizes_.dims;
     std::fill_n(+read_, sizes_.feature_width * sizes_.value_width, 0.0f);
     unpack(features, dims, matrix, dims, read_, sizes_.value_width);
     std::fill(std::copy_n(normalizer, features, +normalizer_), normalizer_ + sizes_.feature_width, 0.0f);
     for (int64_t start = 0; start < sizes_.length; start += CHUNK) {
       const int64_t rows = std::min(CHUNK, sizes_.length - start), span = start / (SPAN * CHUNK);
-      if (kept_matrices && start % (SPAN * CHUNK) == 0)
-        store_memory(kept_matrices + span * features * dims, kept_normalizers + span * features);
+      if (kept && start % (SPAN * CHUNK) == 0) keep_memory(kept + span * sizes_.kept_size());
       take_chunk(b, h, start, rows);
-      for (int64_t group = 0; group < sizes_.groups(); group++) read(b, h * sizes_.groups() + group, start, rows);
-      write(rows);
+      for (int64_t group = 0; group < sizes_.groups(); group++) read(b, h, group, start, rows);
+      write(b, h, start, rows);
     }
-    store_memory(matrix, normalizer);
+    unpack(features, dims, read_, sizes_.value_width, matrix, dims);
+    std::copy_n(+normalizer_, features, normalizer);
   }
 
  private:
-  void store_memory(float* matrix, float* normalizer) const {
-    unpack(sizes_.features, sizes_.dims, read_, sizes_.value_width, matrix, sizes_.dims);
-    std::copy_n(+normalizer_, sizes_.features, normalizer);
+  // As the backward pass has it.
+  void keep_memory(float* kept) const {
+    const int64_t width = sizes_.feature_width;
+    transpose(width, sizes_.value_width, read_, sizes_.value_width, kept, width);
+    std::copy_n(+normalizer_, width, kept + sizes_.dims * width);
   }
 
   void take_chunk(int64_t b, int64_t h, int64_t start, int64_t rows) {
@@ -285,8 +297,8 @@ class Reader {
   }
 
   // Numerators are products of one matrix with another: features and weights of the queries; the memory and the values.
-  void read(int64_t b, int64_t head, int64_t start, int64_t rows) {
-    const int64_t width = sizes_.feature_width, value_width = sizes_.value_width;
+  void read(int64_t b, int64_t h, int64_t group, int64_t start, int64_t rows) {
+    const int64_t width = sizes_.feature_width, value_width = sizes_.value_width, head = h * sizes_.groups() + group;
     pack_features(reading_.elu, rows, sizes_.features, reading_.query.at(b, head, start), reading_.query.stride, readers_,
                   read_width_);
     for (int64_t i = 0; i < rows; i += TILE_ROWS) {
@@ -296,6 +308,7 @@ class Reader {
       mask_future(i, last, weights, read_width_, decays());
       if (decays())
         for (int64_t j = i; j < last; j++) scale(width, decays_.in[j], readers_ + j * read_width_);
+      fetch(reading_.query, b, head, start + CHUNK + i, sizes_.length, sizes_.features);
     }
     for (int64_t i = 0; i < rows; i += TILE_ROWS) {
       const int64_t last = std::min(i + TILE_ROWS, rows);
@@ -304,6 +317,7 @@ class Reader {
       for (int64_t j = i; j < last; j++)
         finish(j, numerators_ + (j - i) * value_width, reading_.numerator.at(b, head, start + j),
                reading_.denominator.at(b, head, start + j));
+      if (group == 0) fetch(reading_.key, b, h, start + CHUNK + i, sizes_.length, sizes_.features);
     }
   }
 
@@ -319,13 +333,17 @@ class Reader {
     for (int64_t j = whole; j < sizes_.dims; j++) to[j] = numerator[j] * factor;
   }
 
-  void write(int64_t rows) {
+  void write(int64_t b, int64_t h, int64_t start, int64_t rows) {
     const int64_t width = sizes_.feature_width, value_width = sizes_.value_width;
     if (decays())
       for (int64_t i = 0; i < rows; i++) scale(width, decays_.out[i], keys_ + i * width);
     const float decay = decays() ? decays_.all : 1.0f;
-    product(width, rows, value_width, keys_, 1, width, values_, value_width, written_, value_width);
-    carry(width * value_width, decay, read_, written_, read_);
+    for (int64_t f = 0; f < width; f += TILE_ROWS) {
+      const int64_t count = std::min(TILE_ROWS, width - f);
+      product(count, rows, value_width, keys_ + f, 1, width, values_, value_width, written_, value_width);
+      carry(count * value_width, decay, read_ + f * value_width, written_, read_ + f * value_width);
+      if (f < CHUNK) fetch(reading_.value, b, h, start + CHUNK + f, sizes_.length, sizes_.dims);
+    }
     add_rows(rows, width, keys_, written_sums_);
     carry(width, decay, normalizer_, written_sums_, normalizer_);
   }
@@ -350,31 +368,28 @@ Tensor new_states(int64_t batch, int64_t heads, int64_t length, int64_t dims, co
 }
 
 // Shapes as in kernel_attention.py; keep (batch or 1, 1, seq) is zero at tokens that do not enter. Changes the memory, which is
-// contiguous. Returns numerator, divided by the denominator where `divide`, denominator and, where `keeps`, the memories before each
-// span: (batch, kv_heads, spans, feature_dim, dim) and (batch, kv_heads, spans, feature_dim).
-std::tuple<Tensor, Tensor, Tensor, Tensor> additive_forward(const Tensor& query, const Tensor& key, const Tensor& value,
-                                                            const std::optional<Tensor>& log_forget,
-                                                            const std::optional<Tensor>& keep, Tensor matrix, Tensor normalizer,
-                                                            bool elu, bool divide, bool keeps) {
+// contiguous. Returns numerator, divided by the denominator where `divide`, denominator and, where `keeps`, what `additive_backward`
+// wants: the memory before each span, (batch, kv_heads, spans, kept_size).
+std::tuple<Tensor, Tensor, Tensor> additive_forward(const Tensor& query, const Tensor& key, const Tensor& value,
+                                                    const std::optional<Tensor>& log_forget, const std::optional<Tensor>& keep,
+                                                    Tensor matrix, Tensor normalizer, bool elu, bool divide, bool keeps) {
   const Sizes sizes(query, key, value);
   const Tensor numerator = new_states(sizes.batch, sizes.heads, sizes.length, sizes.dims, query);
   const Tensor denominator = at::empty({sizes.batch, sizes.heads, sizes.length}, query.options());
-  const int64_t spans = keeps ? sizes.spans() : 0;
-  const Tensor kept_matrices = at::empty({sizes.batch, sizes.kv_heads, spans, sizes.features, sizes.dims}, query.options());
-  const Tensor kept_normalizers = at::empty({sizes.batch, sizes.kv_heads, spans, sizes.features}, query.options());
+  const Tensor memories = at::empty({sizes.batch, sizes.kv_heads, keeps ? sizes.spans() : 0, sizes.kept_size()}, query.options());
   const Reading reading{sizes,      elu,           divide, Tokens(query), Tokens(key), Tokens(value), tokens_of(log_forget),
                         tokens_of(keep), Tokens(numerator), Tokens(denominator)};
   float *matrices = matrix.data_ptr<float>(), *normalizers = normalizer.data_ptr<float>();
-  float *kept = keeps ? kept_matrices.data_ptr<float>() : nullptr, *kept_sums = kept_normalizers.data_ptr<float>();
+  float* kept = memories.data_ptr<float>();
   at::parallel_for(0, sizes.batch * sizes.kv_heads, 1, [&](int64_t begin, int64_t end) {
     Reader reader(reading);
     for (int64_t i = begin; i < end; i++) {
-      const int64_t at = i * sizes.features, kept_at = at * spans;
+      const int64_t at = i * sizes.features;
       reader.run(i / sizes.kv_heads, i % sizes.kv_heads, matrices + at * sizes.dims, normalizers + at,
-                 keeps ? kept + kept_at * sizes.dims : nullptr, kept_sums + kept_at);
+                 keeps ? kept + i * sizes.spans() * sizes.kept_size() : nullptr);
     }
   });
-  return {numerator, denominator, kept_matrices, kept_normalizers};
+  return {numerator, denominator, memories};
 }
 
 // Backward.
@@ -415,14 +430,14 @@ class Differentiator {
         turned_grad_memory_(extended() * width()),
         written_(memory_size()) {}
 
-  // matrices (spans, features, dims) and normalizers: before each span. grad_matrix, grad_normalizer: gradient of the memory after
-  // the last token, replaced by that of the memory before the first.
-  void run(int64_t b, int64_t h, const float* matrices, const float* normalizers, float* grad_matrix, float* grad_normalizer) {
+  // kept: the memory before each span. grad_matrix, grad_normalizer: gradient of the memory after the last token, replaced by that
+  // of the memory before the first.
+  void run(int64_t b, int64_t h, const float* kept, float* grad_matrix, float* grad_normalizer) {
     std::fill_n(+grad_memory_, extended() * width(), 0.0f);
     unpack_memory(grad_matrix, grad_normalizer, grad_memory_);
     for (int64_t span = sizes_.spans() - 1; span >= 0; span--) {
-      const int64_t first = span * SPAN, end = std::min(first + SPAN, sizes_.chunks()), at = span * sizes_.features;
-      unpack_memory(matrices + at * sizes_.dims, normalizers + at, memories_);
+      const int64_t first = span * SPAN, end = std::min(first + SPAN, sizes_.chunks());
+      std::copy_n(kept + span * sizes_.kept_size(), memory_size(), +memories_);
       for (int64_t chunk = first; chunk < end; chunk++) {
         enter(chunk);
         take_chunk(b, h);
@@ -507,7 +522,12 @@ class Differentiator {
     float sums[CHUNK] = {};
     if (decays()) sums[rows_ - 1] = dot(memory_size(), memory_after(), grad_memory_);
     for (int64_t group = 0; group < sizes_.groups(); group++) take_back_reader(b, h, group, sums);
-    for (int64_t i = 0; i < rows_; i += TILE_ROWS) finish_keys(b, h, i, std::min(TILE_ROWS, rows_ - i), sums);
+    for (int64_t i = 0; i < rows_; i += TILE_ROWS) {
+      finish_keys(b, h, i, std::min(TILE_ROWS, rows_ - i), sums);
+      // Of the span whose turn is next.
+      fetch(reading_.key, b, h, start_ - SPAN * CHUNK + i, sizes_.length, sizes_.features);
+      fetch(reading_.value, b, h, start_ - SPAN * CHUNK + i, sizes_.length, sizes_.dims);
+    }
     if (decays()) finish_gates(b, h, sums);
     carry(memory_size(), decays() ? decays_.all : 1.0f, grad_memory_, written_, grad_memory_);
   }
@@ -525,6 +545,8 @@ class Differentiator {
       mask_future(i, last, weights, CHUNK, decays());
       product(last - i, dims + 1, columns, grads_ + i * extended(), extended(), 1, turned_values_, CHUNK, grad_weights, CHUNK);
       mask_future(i, last, grad_weights, CHUNK, decays());
+      fetch(reading_.query, b, head, start_ - CHUNK + i, sizes_.length, sizes_.features);
+      if (reading_.divide) fetch(reading_.numerator, b, head, start_ - CHUNK + i, sizes_.length, sizes_.dims);
     }
     for (int64_t j = 0; j < rows_; j += TILE_ROWS) {
       const int64_t count = std::min(TILE_ROWS, rows_ - j), corner = j * CHUNK + j;
@@ -532,6 +554,7 @@ class Differentiator {
               grad_keys_ + j * width(), width(), add);
       product(count, rows_ - j, sizes_.value_width, weights_ + corner, 1, CHUNK, grads_ + j * extended(), extended(),
               grad_values_ + j * sizes_.value_width, sizes_.value_width, add);
+      if (gradients_.read_gradient) fetch(*gradients_.read_gradient, b, head, start_ - CHUNK + j, sizes_.length, sizes_.dims);
     }
     if (decays())
       for (int64_t i = 0; i < rows_; i++) scale(extended(), decays_.in[i], grads_ + i * extended());
@@ -586,8 +609,7 @@ class Differentiator {
   // Through the feature map, whose derivative is min(feature, 1) for elu(x) + 1, also where padding made the feature zero.
   void finish_features(float* grad, const float* features, float* to) const {
     for (int64_t f = 0; reading_.elu && f < width(); f += LANES) {
-      const Vector feature = load(features + f), one = fill(1.0f);
-      store(grad + f, load(grad + f) * (feature < one ? feature : one));
+      store(grad + f, load(grad + f) * smaller(fill(1.0f), load(features + f)));
     }
     unpack(1, sizes_.features, grad, 0, to, 0);
   }
@@ -627,8 +649,8 @@ Tensor empty_gradient(const Tensor& states) {
 // the latter, contiguous, into the gradients of the first memory. Returns those of query, key, value and log_forget.
 std::tuple<Tensor, Tensor, Tensor, std::optional<Tensor>> additive_backward(
     const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& log_forget,
-    const std::optional<Tensor>& keep, const Tensor& numerator, const Tensor& denominator, const Tensor& kept_matrices,
-    const Tensor& kept_normalizers, const std::optional<Tensor>& grad_numerator, const std::optional<Tensor>& grad_denominator,
+    const std::optional<Tensor>& keep, const Tensor& numerator, const Tensor& denominator, const Tensor& memories,
+    const std::optional<Tensor>& grad_numerator, const std::optional<Tensor>& grad_denominator,
     Tensor grad_matrix, Tensor grad_normalizer, bool elu, bool divide) {
   const Sizes sizes(query, key, value);
   const Tensor grad_query = empty_gradient(query), grad_key = empty_gradient(key), grad_value = empty_gradient(value);
@@ -638,13 +660,13 @@ std::tuple<Tensor, Tensor, Tensor, std::optional<Tensor>> additive_backward(
                         tokens_of(keep), Tokens(numerator), Tokens(denominator)};
   const Gradients gradients{reading,          tokens_of(grad_numerator), tokens_of(grad_denominator), Tokens(grad_query),
                             Tokens(grad_key), Tokens(grad_value),        tokens_of(grad_log_forget)};
-  const float *matrices = kept_matrices.data_ptr<float>(), *normalizers = kept_normalizers.data_ptr<float>();
+  const float* kept = memories.data_ptr<float>();
   float *grad_matrices = grad_matrix.data_ptr<float>(), *grad_normalizers = grad_normalizer.data_ptr<float>();
   at::parallel_for(0, sizes.batch * sizes.kv_heads, 1, [&](int64_t begin, int64_t end) {
     Differentiator differentiator(gradients);
     for (int64_t i = begin; i < end; i++) {
-      const int64_t at = i * sizes.features, kept_at = at * sizes.spans();
-      differentiator.run(i / sizes.kv_heads, i % sizes.kv_heads, matrices + kept_at * sizes.dims, normalizers + kept_at,
+      const int64_t at = i * sizes.features;
+      differentiator.run(i / sizes.kv_heads, i % sizes.kv_heads, kept + i * sizes.spans() * sizes.kept_size(),
                          grad_matrices + at * sizes.dims, grad_normalizers + at);
     }
   });
