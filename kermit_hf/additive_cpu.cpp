@@ -66,13 +66,9 @@ struct Tokens {
   float* at(int64_t b, int64_t h, int64_t token) const { return data + b * batch + h * head + token * stride; }
 };
 
-// Fetches a few tokens, those that there are, into a core's second cache: few at a time, because only so many can be on the way,
-// and while products are computed.
+// Fetches TILE_ROWS tokens, or those of them that there are, while products are computed.
 void fetch(const Tokens& tokens, int64_t b, int64_t h, int64_t first, int64_t length, int64_t dims) {
-  constexpr int64_t LINE = 64 / sizeof(float);
-  asm volatile("");  // without an effect that they know of, some compilers drop the call
-  for (int64_t i = std::max<int64_t>(first, 0); i < std::min(first + TILE_ROWS, length); i++)
-    for (int64_t j = 0; j < dims; j += LINE) __builtin_prefetch(tokens.at(b, h, i) + j, 0, 2);
+  if (first >= 0 && first < length) tiles::fetch(std::min(TILE_ROWS, length - first), dims, tokens.at(b, h, first), tokens.stride);
 }
 
 std::optional<Tokens> tokens_of(const std::optional<Tensor>& tensor) {

@@ -48,7 +48,7 @@ class _DeltaFused(torch.autograd.Function):
         matrix = None if matrix is None else matrix.contiguous()
         keeps = any(ctx.needs_input_grad)
         numerator, last, matrices, written = load_cpu_kernels("kermit_hf").delta_forward(*inputs, matrix, maps, keeps)
-        ctx.save_for_backward(*inputs, last, matrices, written)
+        ctx.save_for_backward(*inputs, matrices, written)
         ctx.maps = maps
         return numerator, last
 

@@ -201,6 +201,14 @@ class Scratch {
   std::unique_ptr<float[], Free> memory_;
 };
 
+// Fetches rows into a core's second cache. Only so many can be on the way: best a few at a time, between products.
+inline void fetch(int64_t rows, int64_t width, const float* from, int64_t stride) {
+  constexpr int64_t LINE = 64 / sizeof(float);
+  asm volatile("");  // without an effect that they know of, some compilers drop calls
+  for (int64_t i = 0; i < rows; i++)
+    for (int64_t j = 0; j < width; j += LINE) __builtin_prefetch(from + i * stride + j, 0, 2);
+}
+
 // Rows (rows, width) of a matrix whose rows lie `stride` apart, one after the other.
 inline void pack(int64_t rows, int64_t width, const float* from, int64_t stride, float* to) {
   for (int64_t i = 0; i < rows; i++) std::memcpy(to + i * width, from + i * stride, width * sizeof(float));
