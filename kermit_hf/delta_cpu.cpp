@@ -17,6 +17,7 @@
 #include <optional>
 #include <tuple>
 #include <utility>
+#include <vector>
 
 #include "vector_tiles.h"
 
@@ -466,11 +467,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> delta_forward(
 struct BackwardBuffers {
   // Of a span: features of keys, and the memories before its chunks and after the last one.
   Scratch all_keys, memories;
+  std::vector<Gates> all_gates{SPAN};
   // Of a chunk of it.
   float *keys = nullptr, *memory = nullptr;
+  Gates* gates = nullptr;
   Scratch keys_transposed, queries, written_transposed, memory_transposed, gradient_transposed;
   Scratch grad_numerator, grad_memory, grad_written, grad_query, grad_key, scaled, weights, grad_scores, system;
-  Gates gates;
   // Of the keys of a span, and of the queries of one head.
   float all_key_inverse_norms[SPAN * CHUNK], query_inverse_norms[CHUNK];
   float* key_inverse_norms = nullptr;
@@ -490,6 +492,7 @@ struct BackwardBuffers {
     keys = all_keys + index * CHUNK * sizes.wide_features();
     key_inverse_norms = all_key_inverse_norms + index * CHUNK;
     memory = memories + index * sizes.wide_memory();
+    gates = &all_gates[index];
   }
 };
 
@@ -502,7 +505,7 @@ struct Gradients {
 void replay_chunk(const Sizes& sizes, const Inputs& inputs, const Tokens& written, const Chunk& chunk, int64_t batch,
                   int64_t head, BackwardBuffers& buffers) {
   const int64_t rows = chunk.rows, features = sizes.wide_features(), dim = sizes.wide_dim();
-  Gates& gates = buffers.gates;
+  Gates& gates = *buffers.gates;
   inputs.load_states(inputs.key, chunk, batch, head, sizes.features, buffers.keys, buffers.key_inverse_norms);
   inputs.load_gates(chunk, batch, head, gates);
   load_rows(written, chunk, batch, head, sizes.head_dim, buffers.scaled);
@@ -516,8 +519,7 @@ void replay_chunk(const Sizes& sizes, const Inputs& inputs, const Tokens& writte
 void start_chunk(const Sizes& sizes, const Inputs& inputs, const Tokens& written, const Chunk& chunk, int64_t batch,
                  int64_t head, BackwardBuffers& buffers) {
   const int64_t rows = chunk.rows, features = sizes.wide_features(), dim = sizes.wide_dim();
-  Gates& gates = buffers.gates;
-  inputs.load_gates(chunk, batch, head, gates);
+  const Gates& gates = *buffers.gates;
   transpose(rows, features, buffers.keys, features, buffers.keys_transposed, CHUNK);
   load_rows(written, chunk, batch, head, sizes.head_dim, buffers.scaled);
   transpose(rows, dim, buffers.scaled, dim, buffers.written_transposed, CHUNK);
@@ -548,7 +550,7 @@ void start_chunk(const Sizes& sizes, const Inputs& inputs, const Tokens& written
 void read_backward(const Sizes& sizes, const Inputs& inputs, const Gradients& gradients, const Chunk& chunk,
                    int64_t batch, int64_t query_head, BackwardBuffers& buffers) {
   const int64_t rows = chunk.rows, features = sizes.wide_features(), dim = sizes.wide_dim();
-  const Gates& gates = buffers.gates;
+  const Gates& gates = *buffers.gates;
   inputs.load_states(inputs.query, chunk, batch, query_head, sizes.features, buffers.queries, buffers.query_inverse_norms);
   load_rows(gradients.numerator, chunk, batch, query_head, sizes.head_dim, buffers.grad_numerator);
   product_to_lower(rows, features, buffers.queries, features, 1, buffers.keys_transposed, buffers.weights);
@@ -578,7 +580,7 @@ void read_backward(const Sizes& sizes, const Inputs& inputs, const Gradients& gr
 void write_backward(const Sizes& sizes, const Inputs& inputs, const Tokens& written, const Gradients& gradients,
                     const Chunk& chunk, int64_t batch, int64_t head, BackwardBuffers& buffers) {
   const int64_t rows = chunk.rows, features = sizes.wide_features(), dim = sizes.wide_dim();
-  const Gates& gates = buffers.gates;
+  const Gates& gates = *buffers.gates;
   load_rows(written, chunk, batch, head, sizes.head_dim, buffers.scaled);
   float reads[CHUNK], is_read[CHUNK];
   row_products(rows, dim, buffers.grad_written, buffers.scaled, reads);
@@ -736,15 +738,25 @@ void rms_norm_forward(const at::Tensor& states, const at::Tensor& weight, double
   });
 }
 
+// Rows of a tensor (batch, heads, seq, width), counted through, into rows of `wide`, zeros behind them.
+void gather_rows(const at::Tensor& tensor, int64_t first, int64_t count, int64_t wide, float* to) {
+  const int64_t heads = tensor.size(1), length = tensor.size(2), width = tensor.size(3);
+  const Tokens tokens(tensor);
+  for (int64_t row = first; row < first + count; row++, to += wide)
+    pack_wide(1, 1, width, wide, tokens.at(row / length / heads, row / length % heads, row % length), width, to);
+}
+
 // Gradients of states and weight: with n = x factor and g = weight grad, factor (g - n mean(g n)) and the sum of grad n.
 std::tuple<at::Tensor, at::Tensor> rms_norm_backward(const at::Tensor& states, const at::Tensor& weight,
                                                      const at::Tensor& grad, double eps) {
+  const int64_t width = states.size(-1);
   check_norm(states, weight);
-  check_norm(grad, weight);
-  const int64_t width = states.size(-1), wide = round_up(width), rows = states.numel() / width;
+  TORCH_CHECK(states.dim() == 4 && grad.sizes() == states.sizes() && (grad.stride(3) == 1 || width == 1),
+              "the gradient must have contiguous rows, and four axes as states");
+  const int64_t wide = round_up(width), rows = states.numel() / width;
   const int64_t blocks = (rows + NORM_ROWS - 1) / NORM_ROWS;
   at::Tensor grad_states = in_huge_pages(at::empty_like(states)), grad_weight = at::empty_like(weight);
-  const float *from = states.data_ptr<float>(), *given = grad.data_ptr<float>(), *weights = weight.data_ptr<float>();
+  const float *from = states.data_ptr<float>(), *weights = weight.data_ptr<float>();
   float *to = grad_states.data_ptr<float>(), *total = grad_weight.data_ptr<float>();
   Scratch sums(blocks * wide);
   std::fill(sums + 0, sums + blocks * wide, 0.0f);
@@ -756,7 +768,8 @@ std::tuple<at::Tensor, at::Tensor> rms_norm_backward(const at::Tensor& states, c
       const int64_t count = std::min(CHUNK, rows - row);
       float* sum = sums + row / NORM_ROWS * wide;
       pack_wide(count, CHUNK, width, wide, from + row * width, width, x);
-      pack_wide(count, CHUNK, width, wide, given + row * width, width, g);
+      gather_rows(grad, row, count, wide, g);
+      std::fill(g + count * wide, g + CHUNK * wide, 0.0f);
       norm_factors(CHUNK, width, wide, x, static_cast<float>(eps), factors);
       for (int64_t i = 0; i < CHUNK; i++)
         for (int64_t j = 0; j < wide; j += LANES) {

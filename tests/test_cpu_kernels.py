@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils import cpp_extension
 
+import nystromformer_hf.cpu_kernels
 from kermit_hf import cpu_kernels
 
 
@@ -54,3 +55,24 @@ def test_a_compiler_that_fails_leaves_nothing_and_says_what_helps(able, monkeypa
     with pytest.raises(RuntimeError, match=r"could not be compiled: .*choose backend 'torch'"):
         cpu_kernels.load_cpu_kernels.__wrapped__("kermit_hf")
     assert not list((tmp_path / "extensions").iterdir())
+
+
+@pytest.mark.parametrize("module", [cpu_kernels, nystromformer_hf.cpu_kernels])
+@pytest.mark.parametrize(
+    "states, held",
+    [
+        (torch.randn(()).expand(2, 3, 5, 8), 8),
+        (torch.randn(2, 1, 5, 16)[..., ::2].expand(2, 3, 5, 8), 2 * 5 * 8),
+        (torch.randn(2, 3, 8, 5).mT, 2 * 3 * 5 * 8),
+        (torch.randn(2, 3, 1, 8).expand(2, 3, 5, 8), 2 * 3 * 8),
+    ],
+)
+def test_rows_become_contiguous_and_expanded_axes_stay_expanded(module, states, held):
+    rows = module.contiguous_rows(states)
+    assert torch.equal(rows, states) and rows.stride(-1) == 1
+    assert rows.untyped_storage().nbytes() == held * rows.element_size()
+
+
+def test_contiguous_rows_are_not_copied():
+    states = torch.randn(2, 5, 3, 8).transpose(1, 2)
+    assert cpu_kernels.contiguous_rows(states) is states
