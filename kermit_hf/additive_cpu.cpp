@@ -6,6 +6,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
 #include <cmath>
@@ -21,6 +22,8 @@ using namespace tiles;
 using at::Tensor;
 
 constexpr int64_t CHUNK = 48;
+// Chunks between two memories that the forward pass keeps: what the backward pass has of them stays in a core's second cache.
+constexpr int64_t SPAN = 8;
 constexpr float MIN_LOG_DECAY = -40.0f;
 constexpr float MIN_DENOMINATOR = 1e-30f;
 
@@ -47,6 +50,9 @@ struct Sizes {
 
   int64_t groups() const { return heads / kv_heads; }
   int64_t chunks() const { return (length + CHUNK - 1) / CHUNK; }
+  int64_t spans() const { return (chunks() + SPAN - 1) / SPAN; }
+  // A memory, transposed, with the normalizer as a row behind it.
+  int64_t kept_size() const { return extended_width * feature_width; }
 };
 
 // Tokens of a tensor (batch, heads, seq, dim) or (batch, heads, seq) of any strides but that of the last axis, which is one.
@@ -59,6 +65,11 @@ struct Tokens {
 
   float* at(int64_t b, int64_t h, int64_t token) const { return data + b * batch + h * head + token * stride; }
 };
+
+// Fetches TILE_ROWS tokens, or those of them that there are, while products are computed.
+void fetch(const Tokens& tokens, int64_t b, int64_t h, int64_t first, int64_t length, int64_t dims) {
+  if (first >= 0 && first < length) tiles::fetch(std::min(TILE_ROWS, length - first), dims, tokens.at(b, h, first), tokens.stride);
+}
 
 std::optional<Tokens> tokens_of(const std::optional<Tensor>& tensor) {
   return tensor ? std::optional<Tokens>(*tensor) : std::nullopt;
@@ -88,8 +99,7 @@ Vector exponential_below_zero(Vector x) {
 // elu(x) + 1, as `_EluPlusOne` has it. Not-a-numbers stay what they are: the second one of two is taken.
 Vector elu_plus_one(Vector x) {
   const Vector zero{};
-  const Vector negative = zero < x ? zero : x;
-  return exponential_below_zero(larger(fill(MIN_LOG_DECAY), negative)) + larger(zero, x);
+  return exponential_below_zero(larger(fill(MIN_LOG_DECAY), smaller(zero, x))) + larger(zero, x);
 }
 
 // Rows (rows, width) into whole vectors, whose rest gets zero: `map` of them, a function of a vector.
@@ -242,27 +252,36 @@ class Reader {
         read_(read_width_ * sizes_.value_width),
         values_(read_ + sizes_.feature_width * sizes_.value_width),
         numerators_(TILE_ROWS * sizes_.value_width),
-        written_(sizes_.feature_width * sizes_.value_width),
+        written_(TILE_ROWS * sizes_.value_width),
         normalizer_(sizes_.feature_width),
         written_sums_(sizes_.feature_width) {}
 
-  // Takes the memory (features, dims) before the first token and leaves there that after the last one.
-  void run(int64_t b, int64_t h, float* matrix, float* normalizer) {
+  // Takes the memory (features, dims) before the first token and leaves there that after the last one. Keeps, if anything, the
+  // memory before each span.
+  void run(int64_t b, int64_t h, float* matrix, float* normalizer, float* kept) {
     const int64_t features = sizes_.features, dims = sizes_.dims;
     std::fill_n(+read_, sizes_.feature_width * sizes_.value_width, 0.0f);
     unpack(features, dims, matrix, dims, read_, sizes_.value_width);
     std::fill(std::copy_n(normalizer, features, +normalizer_), normalizer_ + sizes_.feature_width, 0.0f);
     for (int64_t start = 0; start < sizes_.length; start += CHUNK) {
-      const int64_t rows = std::min(CHUNK, sizes_.length - start);
+      const int64_t rows = std::min(CHUNK, sizes_.length - start), span = start / (SPAN * CHUNK);
+      if (kept && start % (SPAN * CHUNK) == 0) keep_memory(kept + span * sizes_.kept_size());
       take_chunk(b, h, start, rows);
-      for (int64_t group = 0; group < sizes_.groups(); group++) read(b, h * sizes_.groups() + group, start, rows);
-      write(rows);
+      for (int64_t group = 0; group < sizes_.groups(); group++) read(b, h, group, start, rows);
+      write(b, h, start, rows);
     }
     unpack(features, dims, read_, sizes_.value_width, matrix, dims);
     std::copy_n(+normalizer_, features, normalizer);
   }
 
  private:
+  // As the backward pass has it.
+  void keep_memory(float* kept) const {
+    const int64_t width = sizes_.feature_width;
+    transpose(width, sizes_.value_width, read_, sizes_.value_width, kept, width);
+    std::copy_n(+normalizer_, width, kept + sizes_.dims * width);
+  }
+
   void take_chunk(int64_t b, int64_t h, int64_t start, int64_t rows) {
     const int64_t width = sizes_.feature_width;
     reading_.take_keys(b, h, start, rows, keys_);
@@ -274,8 +293,8 @@ class Reader {
   }
 
   // Numerators are products of one matrix with another: features and weights of the queries; the memory and the values.
-  void read(int64_t b, int64_t head, int64_t start, int64_t rows) {
-    const int64_t width = sizes_.feature_width, value_width = sizes_.value_width;
+  void read(int64_t b, int64_t h, int64_t group, int64_t start, int64_t rows) {
+    const int64_t width = sizes_.feature_width, value_width = sizes_.value_width, head = h * sizes_.groups() + group;
     pack_features(reading_.elu, rows, sizes_.features, reading_.query.at(b, head, start), reading_.query.stride, readers_,
                   read_width_);
     for (int64_t i = 0; i < rows; i += TILE_ROWS) {
@@ -285,6 +304,7 @@ class Reader {
       mask_future(i, last, weights, read_width_, decays());
       if (decays())
         for (int64_t j = i; j < last; j++) scale(width, decays_.in[j], readers_ + j * read_width_);
+      fetch(reading_.query, b, head, start + CHUNK + i, sizes_.length, sizes_.features);
     }
     for (int64_t i = 0; i < rows; i += TILE_ROWS) {
       const int64_t last = std::min(i + TILE_ROWS, rows);
@@ -293,6 +313,7 @@ class Reader {
       for (int64_t j = i; j < last; j++)
         finish(j, numerators_ + (j - i) * value_width, reading_.numerator.at(b, head, start + j),
                reading_.denominator.at(b, head, start + j));
+      if (group == 0) fetch(reading_.key, b, h, start + CHUNK + i, sizes_.length, sizes_.features);
     }
   }
 
@@ -308,13 +329,17 @@ class Reader {
     for (int64_t j = whole; j < sizes_.dims; j++) to[j] = numerator[j] * factor;
   }
 
-  void write(int64_t rows) {
+  void write(int64_t b, int64_t h, int64_t start, int64_t rows) {
     const int64_t width = sizes_.feature_width, value_width = sizes_.value_width;
     if (decays())
       for (int64_t i = 0; i < rows; i++) scale(width, decays_.out[i], keys_ + i * width);
     const float decay = decays() ? decays_.all : 1.0f;
-    product(width, rows, value_width, keys_, 1, width, values_, value_width, written_, value_width);
-    carry(width * value_width, decay, read_, written_, read_);
+    for (int64_t f = 0; f < width; f += TILE_ROWS) {
+      const int64_t count = std::min(TILE_ROWS, width - f);
+      product(count, rows, value_width, keys_ + f, 1, width, values_, value_width, written_, value_width);
+      carry(count * value_width, decay, read_ + f * value_width, written_, read_ + f * value_width);
+      if (f < CHUNK) fetch(reading_.value, b, h, start + CHUNK + f, sizes_.length, sizes_.dims);
+    }
     add_rows(rows, width, keys_, written_sums_);
     carry(width, decay, normalizer_, written_sums_, normalizer_);
   }
@@ -339,30 +364,36 @@ Tensor new_states(int64_t batch, int64_t heads, int64_t length, int64_t dims, co
 }
 
 // Shapes as in kernel_attention.py; keep (batch or 1, 1, seq) is zero at tokens that do not enter. Changes the memory, which is
-// contiguous. Returns numerator, divided by the denominator where `divide`, and denominator.
-std::tuple<Tensor, Tensor> additive_forward(const Tensor& query, const Tensor& key, const Tensor& value,
-                                            const std::optional<Tensor>& log_forget, const std::optional<Tensor>& keep,
-                                            Tensor matrix, Tensor normalizer, bool elu, bool divide) {
+// contiguous. Returns numerator, divided by the denominator where `divide`, denominator and, where `keeps`, what `additive_backward`
+// wants: the memory before each span, (batch, kv_heads, spans, kept_size).
+std::tuple<Tensor, Tensor, Tensor> additive_forward(const Tensor& query, const Tensor& key, const Tensor& value,
+                                                    const std::optional<Tensor>& log_forget, const std::optional<Tensor>& keep,
+                                                    Tensor matrix, Tensor normalizer, bool elu, bool divide, bool keeps) {
   const Sizes sizes(query, key, value);
   const Tensor numerator = new_states(sizes.batch, sizes.heads, sizes.length, sizes.dims, query);
   const Tensor denominator = at::empty({sizes.batch, sizes.heads, sizes.length}, query.options());
+  const Tensor memories = at::empty({sizes.batch, sizes.kv_heads, keeps ? sizes.spans() : 0, sizes.kept_size()}, query.options());
   const Reading reading{sizes,      elu,           divide, Tokens(query), Tokens(key), Tokens(value), tokens_of(log_forget),
                         tokens_of(keep), Tokens(numerator), Tokens(denominator)};
   float *matrices = matrix.data_ptr<float>(), *normalizers = normalizer.data_ptr<float>();
+  float* kept = memories.data_ptr<float>();
   at::parallel_for(0, sizes.batch * sizes.kv_heads, 1, [&](int64_t begin, int64_t end) {
     Reader reader(reading);
-    for (int64_t i = begin; i < end; i++)
-      reader.run(i / sizes.kv_heads, i % sizes.kv_heads, matrices + i * sizes.features * sizes.dims,
-                 normalizers + i * sizes.features);
+    for (int64_t i = begin; i < end; i++) {
+      const int64_t at = i * sizes.features;
+      reader.run(i / sizes.kv_heads, i % sizes.kv_heads, matrices + at * sizes.dims, normalizers + at,
+                 keeps ? kept + i * sizes.spans() * sizes.kept_size() : nullptr);
+    }
   });
-  return {numerator, denominator};
+  return {numerator, denominator, memories};
 }
 
 // Backward.
 //
 // Memories are transposed here and have the normalizer as their last row, `dims` + 1 rows of features: what is written to them,
 // values with a one beside them, and the gradients of what is read, of a numerator with its denominator, are rows of one matrix.
-// A sweep over the text stores the memory before each chunk, another one back gathers what later chunks read.
+// In each span, the last one first, a sweep over its chunks has the memory before each, another one back gathers what later chunks
+// read.
 
 struct Gradients {
   Reading reading;
@@ -377,10 +408,11 @@ class Differentiator {
       : gradients_(gradients),
         reading_(gradients.reading),
         sizes_(reading_.sizes),
-        keys_(CHUNK * width()),
+        all_keys_(SPAN * CHUNK * width()),
+        all_values_(SPAN * CHUNK * extended()),
+        memories_((SPAN + 1) * memory_size()),
         turned_keys_(CHUNK * width()),
         decayed_keys_(CHUNK * width()),
-        values_(CHUNK * extended()),
         turned_values_(CHUNK * extended()),
         decayed_values_(CHUNK * extended()),
         queries_(CHUNK * width()),
@@ -390,23 +422,31 @@ class Differentiator {
         grad_queries_(TILE_ROWS * width()),
         grad_keys_(CHUNK * width()),
         grad_values_(CHUNK * sizes_.value_width),
-        memories_((sizes_.chunks() + 1) * memory_size()),
         grad_memory_(extended() * width()),
         turned_grad_memory_(extended() * width()),
         written_(memory_size()) {}
 
-  // matrix (features, dims) and normalizer: before the first token. grad_matrix, grad_normalizer: gradient of the memory after the
-  // last token, replaced by that of the memory before the first.
-  void run(int64_t b, int64_t h, const float* matrix, const float* normalizer, float* grad_matrix, float* grad_normalizer) {
-    unpack_memory(matrix, normalizer, memories_);
-    for (int64_t chunk = 0; chunk < sizes_.chunks(); chunk++) {
-      take_chunk(b, h, chunk);
-      write_rows(values_, decayed_keys(), false);
-      carry(memory_size(), decays() ? decays_.all : 1.0f, memory(chunk), written_, memory(chunk + 1));
-    }
+  // kept: the memory before each span. grad_matrix, grad_normalizer: gradient of the memory after the last token, replaced by that
+  // of the memory before the first.
+  void run(int64_t b, int64_t h, const float* kept, float* grad_matrix, float* grad_normalizer) {
     std::fill_n(+grad_memory_, extended() * width(), 0.0f);
     unpack_memory(grad_matrix, grad_normalizer, grad_memory_);
-    for (int64_t chunk = sizes_.chunks() - 1; chunk >= 0; chunk--) take_back(b, h, chunk);
+    for (int64_t span = sizes_.spans() - 1; span >= 0; span--) {
+      const int64_t first = span * SPAN, end = std::min(first + SPAN, sizes_.chunks());
+      std::copy_n(kept + span * sizes_.kept_size(), memory_size(), +memories_);
+      for (int64_t chunk = first; chunk < end; chunk++) {
+        enter(chunk);
+        take_chunk(b, h);
+        if (chunk + 1 == end && !decays()) break;
+        decay_chunk(b, h);
+        write_rows(values_, decayed_keys(), false);
+        carry(memory_size(), decays() ? decays_.all : 1.0f, memory_, written_, memory_after());
+      }
+      for (int64_t chunk = end - 1; chunk >= first; chunk--) {
+        enter(chunk);
+        take_back(b, h);
+      }
+    }
     pack_memory(grad_memory_, grad_matrix, grad_normalizer);
   }
 
@@ -414,7 +454,7 @@ class Differentiator {
   int64_t width() const { return sizes_.feature_width; }
   int64_t extended() const { return sizes_.extended_width; }
   int64_t memory_size() const { return (sizes_.dims + 1) * width(); }
-  float* memory(int64_t chunk) { return memories_ + chunk * memory_size(); }
+  float* memory_after() const { return memory_ + memory_size(); }
   const Decays* decays() const { return reading_.log_forget ? &decays_ : nullptr; }
   const float* decayed_keys() const { return decays() ? decayed_keys_ : keys_; }
   const float* decayed_values() const { return decays() ? decayed_values_ : values_; }
@@ -439,12 +479,27 @@ class Differentiator {
     product(sizes_.dims + 1, rows_, width(), rows, 1, extended(), features, width(), written_, width(), add);
   }
 
-  void take_chunk(int64_t b, int64_t h, int64_t chunk) {
+  // Chooses a chunk of the span.
+  void enter(int64_t chunk) {
     start_ = chunk * CHUNK, rows_ = std::min(CHUNK, sizes_.length - start_);
+    const int64_t index = chunk % SPAN;
+    keys_ = all_keys_ + index * CHUNK * width();
+    values_ = all_values_ + index * CHUNK * extended();
+    memory_ = memories_ + index * memory_size();
+  }
+
+  // Keys, and values with a one beside them; zeros from the last token on, up to whole vectors.
+  void take_chunk(int64_t b, int64_t h) {
+    const int64_t whole = round_up(rows_);
     reading_.take_keys(b, h, start_, rows_, keys_);
     pack_mapped(rows_, sizes_.dims, reading_.value.at(b, h, start_), reading_.value.stride, values_, extended(),
                 [](Vector x) { return x; });
     for (int64_t i = 0; i < rows_; i++) values_[i * extended() + sizes_.dims] = 1.0f;
+    std::fill(keys_ + rows_ * width(), keys_ + whole * width(), 0.0f);
+    std::fill(values_ + rows_ * extended(), values_ + whole * extended(), 0.0f);
+  }
+
+  void decay_chunk(int64_t b, int64_t h) {
     if (!reading_.log_forget) return;
     decays_.set(rows_, reading_.log_forget->at(b, h, start_), reading_.log_forget->stride);
     for (int64_t i = 0; i < rows_; i++) {
@@ -453,24 +508,27 @@ class Differentiator {
     }
   }
 
-  void take_back(int64_t b, int64_t h, int64_t chunk) {
-    take_chunk(b, h, chunk);
+  void take_back(int64_t b, int64_t h) {
     const int64_t whole = round_up(rows_);
-    std::fill(keys_ + rows_ * width(), keys_ + whole * width(), 0.0f);
-    std::fill(values_ + rows_ * extended(), values_ + whole * extended(), 0.0f);
+    decay_chunk(b, h);
     transpose(whole, width(), keys_, width(), turned_keys_, CHUNK);
     transpose(whole, extended(), values_, extended(), turned_values_, CHUNK);
     transpose(extended(), width(), grad_memory_, width(), turned_grad_memory_, extended());
 
     float sums[CHUNK] = {};
-    if (decays()) sums[rows_ - 1] = dot(memory_size(), memory(chunk + 1), grad_memory_);
-    for (int64_t group = 0; group < sizes_.groups(); group++) take_back_reader(b, h, group, chunk, sums);
-    for (int64_t i = 0; i < rows_; i += TILE_ROWS) finish_keys(b, h, i, std::min(TILE_ROWS, rows_ - i), sums);
+    if (decays()) sums[rows_ - 1] = dot(memory_size(), memory_after(), grad_memory_);
+    for (int64_t group = 0; group < sizes_.groups(); group++) take_back_reader(b, h, group, sums);
+    for (int64_t i = 0; i < rows_; i += TILE_ROWS) {
+      finish_keys(b, h, i, std::min(TILE_ROWS, rows_ - i), sums);
+      // Of the span whose turn is next.
+      fetch(reading_.key, b, h, start_ - SPAN * CHUNK + i, sizes_.length, sizes_.features);
+      fetch(reading_.value, b, h, start_ - SPAN * CHUNK + i, sizes_.length, sizes_.dims);
+    }
     if (decays()) finish_gates(b, h, sums);
     carry(memory_size(), decays() ? decays_.all : 1.0f, grad_memory_, written_, grad_memory_);
   }
 
-  void take_back_reader(int64_t b, int64_t h, int64_t group, int64_t chunk, float* sums) {
+  void take_back_reader(int64_t b, int64_t h, int64_t group, float* sums) {
     const int64_t dims = sizes_.dims, head = h * sizes_.groups() + group;
     const bool add = group > 0;
     pack_features(reading_.elu, rows_, sizes_.features, reading_.query.at(b, head, start_), reading_.query.stride, queries_,
@@ -483,6 +541,8 @@ class Differentiator {
       mask_future(i, last, weights, CHUNK, decays());
       product(last - i, dims + 1, columns, grads_ + i * extended(), extended(), 1, turned_values_, CHUNK, grad_weights, CHUNK);
       mask_future(i, last, grad_weights, CHUNK, decays());
+      fetch(reading_.query, b, head, start_ - CHUNK + i, sizes_.length, sizes_.features);
+      if (reading_.divide) fetch(reading_.numerator, b, head, start_ - CHUNK + i, sizes_.length, sizes_.dims);
     }
     for (int64_t j = 0; j < rows_; j += TILE_ROWS) {
       const int64_t count = std::min(TILE_ROWS, rows_ - j), corner = j * CHUNK + j;
@@ -490,12 +550,13 @@ class Differentiator {
               grad_keys_ + j * width(), width(), add);
       product(count, rows_ - j, sizes_.value_width, weights_ + corner, 1, CHUNK, grads_ + j * extended(), extended(),
               grad_values_ + j * sizes_.value_width, sizes_.value_width, add);
+      if (gradients_.read_gradient) fetch(*gradients_.read_gradient, b, head, start_ - CHUNK + j, sizes_.length, sizes_.dims);
     }
     if (decays())
       for (int64_t i = 0; i < rows_; i++) scale(extended(), decays_.in[i], grads_ + i * extended());
     for (int64_t i = 0; i < rows_; i += TILE_ROWS) {
       const int64_t count = std::min(TILE_ROWS, rows_ - i);
-      product(count, dims + 1, width(), grads_ + i * extended(), extended(), 1, memory(chunk), width(), grad_queries_, width());
+      product(count, dims + 1, width(), grads_ + i * extended(), extended(), 1, memory_, width(), grad_queries_, width());
       product(count, i + count, width(), grad_weights_ + i * CHUNK, CHUNK, 1, keys_, width(), grad_queries_, width(), true);
       for (int64_t j = i; j < i + count; j++) {
         float *grad = grad_queries_ + (j - i) * width(), *query = queries_ + j * width();
@@ -544,8 +605,7 @@ class Differentiator {
   // Through the feature map, whose derivative is min(feature, 1) for elu(x) + 1, also where padding made the feature zero.
   void finish_features(float* grad, const float* features, float* to) const {
     for (int64_t f = 0; reading_.elu && f < width(); f += LANES) {
-      const Vector feature = load(features + f), one = fill(1.0f);
-      store(grad + f, load(grad + f) * (feature < one ? feature : one));
+      store(grad + f, load(grad + f) * smaller(fill(1.0f), load(features + f)));
     }
     unpack(1, sizes_.features, grad, 0, to, 0);
   }
@@ -563,36 +623,46 @@ class Differentiator {
   const Gradients& gradients_;
   const Reading& reading_;
   const Sizes& sizes_;
-  Scratch keys_, turned_keys_, decayed_keys_, values_, turned_values_, decayed_values_, queries_, grads_, weights_, grad_weights_;
-  Scratch grad_queries_, grad_keys_, grad_values_, memories_, grad_memory_, turned_grad_memory_, written_;
+  // Of a span: what is read of keys and values, and the memories before its chunks and after the last one.
+  Scratch all_keys_, all_values_, memories_;
+  Scratch turned_keys_, decayed_keys_, turned_values_, decayed_values_, queries_, grads_, weights_, grad_weights_;
+  Scratch grad_queries_, grad_keys_, grad_values_, grad_memory_, turned_grad_memory_, written_;
+  // Of the chunk that is entered.
+  float *keys_ = nullptr, *values_ = nullptr, *memory_ = nullptr;
   Decays decays_;
   int64_t start_ = 0, rows_ = 0;
 };
+
+// Laid out as the states, so that nobody copies it there, where their last axis is contiguous in a tensor of its own, too.
+Tensor empty_gradient(const Tensor& states) {
+  Tensor gradient = at::empty_like(states);
+  if (gradient.stride(3) != 1) gradient = at::empty(states.sizes(), states.options());
+  ask_for_huge_pages(gradient.data_ptr(), gradient.nbytes());
+  return gradient;
+}
 
 // Given also what `additive_forward` returned, and the gradients of these and of the last memory, None being zero. Changes
 // the latter, contiguous, into the gradients of the first memory. Returns those of query, key, value and log_forget.
 std::tuple<Tensor, Tensor, Tensor, std::optional<Tensor>> additive_backward(
     const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& log_forget,
-    const std::optional<Tensor>& keep, const Tensor& matrix, const Tensor& normalizer, const Tensor& numerator,
-    const Tensor& denominator, const std::optional<Tensor>& grad_numerator, const std::optional<Tensor>& grad_denominator,
+    const std::optional<Tensor>& keep, const Tensor& numerator, const Tensor& denominator, const Tensor& memories,
+    const std::optional<Tensor>& grad_numerator, const std::optional<Tensor>& grad_denominator,
     Tensor grad_matrix, Tensor grad_normalizer, bool elu, bool divide) {
   const Sizes sizes(query, key, value);
-  const Tensor grad_query = new_states(sizes.batch, sizes.heads, sizes.length, sizes.features, query);
-  const Tensor grad_key = new_states(sizes.batch, sizes.kv_heads, sizes.length, sizes.features, query);
-  const Tensor grad_value = new_states(sizes.batch, sizes.kv_heads, sizes.length, sizes.dims, query);
+  const Tensor grad_query = empty_gradient(query), grad_key = empty_gradient(key), grad_value = empty_gradient(value);
   std::optional<Tensor> grad_log_forget;
   if (log_forget) grad_log_forget = at::empty({sizes.batch, sizes.kv_heads, sizes.length}, query.options());
   const Reading reading{sizes,      elu,           divide, Tokens(query), Tokens(key), Tokens(value), tokens_of(log_forget),
                         tokens_of(keep), Tokens(numerator), Tokens(denominator)};
   const Gradients gradients{reading,          tokens_of(grad_numerator), tokens_of(grad_denominator), Tokens(grad_query),
                             Tokens(grad_key), Tokens(grad_value),        tokens_of(grad_log_forget)};
-  const float *matrices = matrix.data_ptr<float>(), *normalizers = normalizer.data_ptr<float>();
+  const float* kept = memories.data_ptr<float>();
   float *grad_matrices = grad_matrix.data_ptr<float>(), *grad_normalizers = grad_normalizer.data_ptr<float>();
   at::parallel_for(0, sizes.batch * sizes.kv_heads, 1, [&](int64_t begin, int64_t end) {
     Differentiator differentiator(gradients);
     for (int64_t i = begin; i < end; i++) {
       const int64_t at = i * sizes.features;
-      differentiator.run(i / sizes.kv_heads, i % sizes.kv_heads, matrices + at * sizes.dims, normalizers + at,
+      differentiator.run(i / sizes.kv_heads, i % sizes.kv_heads, kept + i * sizes.spans() * sizes.kept_size(),
                          grad_matrices + at * sizes.dims, grad_normalizers + at);
     }
   });

@@ -51,8 +51,11 @@ class _AdditiveFused(torch.autograd.Function):
     def forward(ctx, query, key, value, log_forget, key_mask, matrix, normalizer, elu, divides):
         inputs = query, key, value, log_forget, key_mask
         last = _copy(matrix), _copy(normalizer)
-        numerator, denominator = load_cpu_kernels("kermit_hf").additive_forward(*inputs, *last, elu, divides)
-        ctx.save_for_backward(*inputs, matrix, normalizer, numerator if divides else query, denominator)
+        keeps = any(ctx.needs_input_grad)
+        forward = load_cpu_kernels("kermit_hf").additive_forward
+        numerator, denominator, *kept = forward(*inputs, *last, elu, divides, keeps)
+        ctx.save_for_backward(*inputs, numerator if divides else query, denominator, *kept)
+        ctx.memory_shape = matrix.shape
         ctx.options = elu, divides
         ctx.set_materialize_grads(False)
         return numerator, denominator, *last
@@ -60,14 +63,15 @@ class _AdditiveFused(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_numerator, grad_denominator, grad_matrix, grad_normalizer):
-        *inputs, matrix, normalizer, numerator, denominator = ctx.saved_tensors
+        saved = ctx.saved_tensors
+        shape = ctx.memory_shape
         grad_numerator = None if grad_numerator is None else contiguous_rows(grad_numerator)
-        grad_matrix = torch.zeros_like(matrix) if grad_matrix is None else grad_matrix
-        grad_normalizer = torch.zeros_like(normalizer) if grad_normalizer is None else grad_normalizer
-        grad_memory = _copy(grad_matrix), _copy(grad_normalizer)
-        memory = matrix.contiguous(), normalizer.contiguous()
+        grad_memory = [
+            saved[0].new_zeros(size) if grad is None else _copy(grad)
+            for grad, size in ((grad_matrix, shape), (grad_normalizer, shape[:3]))
+        ]
         grads = load_cpu_kernels("kermit_hf").additive_backward(
-            *inputs, *memory, numerator, denominator, grad_numerator, grad_denominator, *grad_memory, *ctx.options
+            *saved, grad_numerator, grad_denominator, *grad_memory, *ctx.options
         )
         needed = ctx.needs_input_grad
         grads = [*grads, None, *grad_memory]

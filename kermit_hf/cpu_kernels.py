@@ -57,9 +57,15 @@ def takes_cpu_tensors(*tensors: torch.Tensor) -> bool:
 
 
 def contiguous_rows(states: torch.Tensor) -> torch.Tensor:
-    """In float32, with a contiguous last axis: how the kernels take states and their gradients."""
-    states = states.float()
-    return states if states.stride(-1) == 1 else states.contiguous()
+    """In float32, with a contiguous last axis: how the kernels take states and their gradients. Expanded axes stay expanded, as
+    those of the gradient of a sum."""
+    states, shape = states.float(), states.shape
+    if states.stride(-1) == 1:
+        return states
+    for axis in range(states.dim() - 1):
+        if states.stride(axis) == 0 and shape[axis] > 1:
+            states = states.narrow(axis, 0, 1)
+    return states.contiguous().expand(shape)
 
 
 @cache

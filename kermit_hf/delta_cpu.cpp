@@ -17,6 +17,7 @@
 #include <optional>
 #include <tuple>
 #include <utility>
+#include <vector>
 
 #include "vector_tiles.h"
 
@@ -26,6 +27,8 @@ using namespace tiles;
 
 // Longer chunks would need more work inside them, shorter ones more memories.
 constexpr int64_t CHUNK = 32, BLOCK = 16;
+// Chunks between two memories that the forward pass keeps: what the backward pass has of them stays in a core's second cache.
+constexpr int64_t SPAN = 8;
 // Decays below exp(MIN_LOG_DECAY) are dropped, as in kernel_attention.py.
 constexpr float MIN_LOG_DECAY = -40.0f;
 constexpr float MIN_NORM = 1e-12f;
@@ -53,8 +56,10 @@ struct Sizes {
         head_dim(value.size(3)) {}
   int64_t groups() const { return heads / kv_heads; }
   int64_t chunks() const { return (length + CHUNK - 1) / CHUNK; }
+  int64_t spans() const { return (chunks() + SPAN - 1) / SPAN; }
   int64_t wide_features() const { return round_up(features); }
   int64_t wide_dim() const { return round_up(head_dim); }
+  int64_t wide_memory() const { return wide_features() * wide_dim(); }
 };
 
 // Which tokens: `count` of them from `start` on, in `rows` rows, those beyond `count` zero. next: where the chunk starts whose
@@ -77,25 +82,27 @@ inline void scale_rows(int64_t rows, int64_t width, const float* factors, float 
   for (int64_t i = 0; i < rows; i++) scale_row(width, sign * factors[i], from + i * width, to + i * width);
 }
 
+inline void copy_row(int64_t width, const float* from, float* to) {
+  const int64_t whole = width / LANES * LANES;
+  for (int64_t j = 0; j < whole; j += LANES) store(to + j, load(from + j));
+  for (int64_t j = whole; j < width; j++) to[j] = from[j];
+}
+
 // `count` rows of `width` numbers into rows of `wide`, zeros around them.
 void pack_wide(int64_t count, int64_t rows, int64_t width, int64_t wide, const float* from, int64_t stride, float* to) {
   for (int64_t i = 0; i < count; i++) {
-    std::memcpy(to + i * wide, from + i * stride, width * sizeof(float));
+    copy_row(width, from + i * stride, to + i * wide);
     for (int64_t j = width; j < wide; j++) to[i * wide + j] = 0.0f;
   }
   std::fill(to + count * wide, to + rows * wide, 0.0f);
 }
 
-// Packs the rows of a chunk and fetches those of the next one into the cache: processors do not guess rows that lie apart.
 void load_rows(const Tokens& tokens, const Chunk& chunk, int64_t batch, int64_t head, int64_t width, float* to) {
   pack_wide(chunk.count, chunk.rows, width, round_up(width), tokens.at(batch, head, chunk.start), tokens.token, to);
-  if (chunk.next < 0) return;
-  for (int64_t i = chunk.next; i < chunk.next + CHUNK; i++)
-    for (int64_t j = 0; j < width; j += 16) __builtin_prefetch(tokens.at(batch, head, i) + j, 0, 2);
 }
 
 void unpack(int64_t count, int64_t width, int64_t wide, const float* from, float* to, int64_t stride) {
-  for (int64_t i = 0; i < count; i++) std::memcpy(to + i * stride, from + i * wide, width * sizeof(float));
+  for (int64_t i = 0; i < count; i++) copy_row(width, from + i * wide, to + i * stride);
 }
 
 // The dot product of each row of `a` with that of `b`; rows are a whole number of vectors.
@@ -109,6 +116,27 @@ void row_products(int64_t rows, int64_t width, const float* a, const float* b, f
     transpose_square(sums);
     for (int64_t i = 1; i < LANES; i++) sums[0] += sums[i];
     store(products + start, sums[0]);
+  }
+}
+
+// Tokens that a later chunk reads, from `start` on; none if it is negative.
+struct Ahead {
+  const Tokens& tokens;
+  int64_t start, batch, head, width;
+
+  // Those beside rows `first` to `first` + TILE_ROWS of this chunk.
+  void fetch_rows(int64_t first) const {
+    if (start < 0 || first >= CHUNK) return;
+    fetch(std::min(TILE_ROWS, CHUNK - first), width, tokens.at(batch, head, start + first), tokens.token);
+  }
+};
+
+// A product during which these are fetched.
+inline void product_before(const Ahead& ahead, int64_t rows, int64_t depth, int64_t width, const float* a, int64_t a_row,
+                           int64_t a_column, const float* b, int64_t b_row, float* c, int64_t c_row, bool add = false) {
+  for (int64_t i = 0; i < rows; i += TILE_ROWS) {
+    product(std::min(TILE_ROWS, rows - i), depth, width, a + i * a_row, a_row, a_column, b, b_row, c + i * c_row, c_row, add);
+    ahead.fetch_rows(i);
   }
 }
 
@@ -151,27 +179,20 @@ void add_transposed_product(int64_t rows, int64_t width, const float* lower, con
             c + start * width, width, true);
 }
 
-// Adds to each row of a block, one after the other, the rows before it times their coefficients.
-template <int64_t vectors>
-inline void substitute_columns(const float* coefficients, int64_t row, int64_t column, float* x, int64_t x_row) {
-  for (int64_t i = 1; i < BLOCK; i++) {
-    Vector sums[vectors];
-#pragma GCC unroll 4
-    for (int64_t v = 0; v < vectors; v++) sums[v] = load(x + i * x_row + v * LANES);
-    for (int64_t j = 0; j < i; j++) {
-      const Vector factor = fill(coefficients[i * row + j * column]);
-#pragma GCC unroll 4
-      for (int64_t v = 0; v < vectors; v++) sums[v] += factor * load(x + j * x_row + v * LANES);
-    }
-#pragma GCC unroll 4
-    for (int64_t v = 0; v < vectors; v++) store(x + i * x_row + v * LANES, sums[v]);
-  }
-}
-
+// Adds to each row of a block the rows before it, these being final, times their coefficients.
 void substitute_block(int64_t width, const float* coefficients, int64_t row, int64_t column, float* x, int64_t x_row) {
-  for (; width >= 4 * LANES; width -= 4 * LANES, x += 4 * LANES)
-    substitute_columns<4>(coefficients, row, column, x, x_row);
-  for (; width > 0; width -= LANES, x += LANES) substitute_columns<1>(coefficients, row, column, x, x_row);
+  for (int64_t start = 0; start < width; start += LANES) {
+    Vector rows[BLOCK];
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < BLOCK; i++) rows[i] = load(x + i * x_row + start);
+#pragma GCC unroll 16
+    for (int64_t j = 0; j < BLOCK; j++)
+#pragma GCC unroll 16
+      for (int64_t i = 1; i < BLOCK; i++)
+        if (i > j) rows[i] += fill(coefficients[i * row + j * column]) * rows[j];
+#pragma GCC unroll 16
+    for (int64_t i = 1; i < BLOCK; i++) store(x + i * x_row + start, rows[i]);
+  }
 }
 
 // Solves (I - L) x = y in place, L strictly lower: its diagonal is not read.
@@ -248,14 +269,21 @@ void decay_lower(int64_t rows, const float* between, const float* factors, float
 
 // The feature map "silu_l2": y / |y| with y = silu(x).
 
-// 1 / x of numbers from 1 on: a guess from the bits of x, within an eighth, whose error three steps of Newton's method square.
+// 1 / x of numbers from 1 on: a guess, whose error each step of Newton's method squares.
 inline Vector reciprocal(Vector x) {
+#if defined(__AVX512F__)
+  Vector y = (Vector)_mm512_rcp14_ps((__m512)x);
+  constexpr int STEPS = 1;
+#else
+  // From the bits of x, within an eighth.
   IntVector bits;
   std::memcpy(&bits, &x, sizeof bits);
   bits = 0x7EF311C7 - bits;
   Vector y;
   std::memcpy(&y, &bits, sizeof y);
-  for (int step = 0; step < 3; step++) y = y * (2.0f - x * y);
+  constexpr int STEPS = 3;
+#endif
+  for (int step = 0; step < STEPS; step++) y = y * (2.0f - x * y);
   return y;
 }
 
@@ -336,7 +364,8 @@ void write_chunk(const Sizes& sizes, const Inputs& inputs, const Chunk& chunk, i
   decay_lower(rows, gates.between, gates.strength, -1.0f, buffers.system);
 
   load_rows(inputs.value, chunk, batch, head, sizes.head_dim, buffers.values);
-  product(rows, features, dim, buffers.states, features, 1, buffers.memory, dim, buffers.written, dim);
+  const Ahead ahead{inputs.value, chunk.next, batch, head, sizes.head_dim};
+  product_before(ahead, rows, features, dim, buffers.states, features, 1, buffers.memory, dim, buffers.written, dim);
   for (int64_t i = 0; i < rows; i++)
     for (int64_t j = 0; j < dim; j += LANES) {
       float* at = buffers.written + i * dim + j;
@@ -353,18 +382,20 @@ void read_chunk(const Sizes& sizes, const Inputs& inputs, const Chunk& chunk, in
   inputs.load_states(inputs.query, chunk, batch, query_head, sizes.features, buffers.states, inverse_norms);
   product_to_lower(rows, features, buffers.states, features, 1, buffers.keys, buffers.weights);
   decay_lower(rows, buffers.gates.between, nullptr, 1.0f, buffers.weights);
-  product(rows, features, dim, buffers.states, features, 1, buffers.memory, dim, buffers.values, dim);
+  const Ahead ahead{inputs.query, chunk.next, batch, query_head, sizes.features};
+  product_before(ahead, rows, features, dim, buffers.states, features, 1, buffers.memory, dim, buffers.values, dim);
   scale_rows(rows, dim, buffers.gates.in, 1.0f, buffers.values, buffers.values);
   add_lower_product(rows, dim, buffers.weights, buffers.written, buffers.values);
 }
 
 // S = decay_all S + (decay_out K)^T u.
-void carry(const Sizes& sizes, const Chunk& chunk, ForwardBuffers& buffers) {
+void carry(const Sizes& sizes, const Inputs& inputs, const Chunk& chunk, int64_t batch, int64_t head, ForwardBuffers& buffers) {
   const int64_t features = sizes.wide_features(), dim = sizes.wide_dim();
   scale_rows(chunk.rows, dim, buffers.gates.out, 1.0f, buffers.written, buffers.values);
   for (int64_t i = 0; i < features * dim; i += LANES)
     store(buffers.memory + i, buffers.gates.all * load(buffers.memory + i));
-  product(features, chunk.rows, dim, buffers.keys, CHUNK, 1, buffers.values, dim, buffers.memory, dim, true);
+  const Ahead ahead{inputs.key, chunk.next, batch, head, sizes.features};
+  product_before(ahead, features, chunk.rows, dim, buffers.keys, CHUNK, 1, buffers.values, dim, buffers.memory, dim, true);
 }
 
 at::Tensor in_huge_pages(at::Tensor tensor) {
@@ -383,8 +414,8 @@ void check(const at::Tensor& query, const at::Tensor& key, const at::Tensor& val
   TORCH_CHECK(key.size(1) > 0 && query.size(1) % key.size(1) == 0, "heads must be a multiple of kv_heads");
 }
 
-// Numerator and last memory; where `keeps`, also what `delta_backward` wants: the memory before each chunk, (batch, kv_heads,
-// chunks, feature_dim, head_dim), and the corrections, (batch, kv_heads, seq, head_dim).
+// Numerator and last memory; where `keeps`, also what `delta_backward` wants: the memory before each span, (batch, kv_heads, spans,
+// wide_memory), and the corrections, (batch, kv_heads, seq, head_dim).
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> delta_forward(
     const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const at::Tensor& strength,
     const std::optional<at::Tensor>& log_forget, const std::optional<at::Tensor>& first, bool maps, bool keeps) {
@@ -393,7 +424,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> delta_forward(
   const int64_t features = sizes.features, head_dim = sizes.head_dim, memory_size = features * head_dim;
   at::Tensor numerator = empty({sizes.batch, sizes.heads, sizes.length, head_dim}, value);
   at::Tensor last = empty({sizes.batch, sizes.kv_heads, features, head_dim}, value);
-  at::Tensor memories = empty({sizes.batch, sizes.kv_heads, keeps ? sizes.chunks() : 0, features, head_dim}, value);
+  at::Tensor memories = empty({sizes.batch, sizes.kv_heads, keeps ? sizes.spans() : 0, sizes.wide_memory()}, value);
   at::Tensor written = empty({sizes.batch, sizes.kv_heads, keeps ? sizes.length : 0, head_dim}, value);
 
   const Inputs inputs{Tokens(query), Tokens(key), Tokens(value), Tokens(strength),
@@ -413,9 +444,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> delta_forward(
         unpack(features, head_dim, head_dim, initial + memory * memory_size, buffers.memory, dim);
       for (int64_t index = 0; index < sizes.chunks(); index++) {
         const Chunk chunk(index, 1, sizes.length);
-        if (keeps)
-          unpack(features, head_dim, dim, buffers.memory, kept + (memory * sizes.chunks() + index) * memory_size,
-                 head_dim);
+        if (keeps && index % SPAN == 0)
+          std::copy_n(+buffers.memory, sizes.wide_memory(), kept + (memory * sizes.spans() + index / SPAN) * sizes.wide_memory());
         write_chunk(sizes, inputs, chunk, batch, head, buffers);
         if (keeps)
           unpack(chunk.count, head_dim, dim, buffers.written, corrections.at(batch, head, chunk.start), head_dim);
@@ -424,7 +454,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> delta_forward(
           read_chunk(sizes, inputs, chunk, batch, query_head, buffers);
           unpack(chunk.count, head_dim, dim, buffers.values, outputs.at(batch, query_head, chunk.start), outputs.token);
         }
-        carry(sizes, chunk, buffers);
+        carry(sizes, inputs, chunk, batch, head, buffers);
       }
       unpack(features, head_dim, dim, buffers.memory, final + memory * memory_size, head_dim);
     }
@@ -435,26 +465,35 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> delta_forward(
 // Backward: the gradients of `_DeltaChunks`, from the last chunk to the first.
 
 struct BackwardBuffers {
-  Scratch keys, keys_transposed, queries, written_transposed, memory, memory_transposed, gradient_transposed;
+  // Of a span: features of keys, and the memories before its chunks and after the last one.
+  Scratch all_keys, memories;
+  std::vector<Gates> all_gates{SPAN};
+  // Of a chunk of it.
+  float *keys = nullptr, *memory = nullptr;
+  Gates* gates = nullptr;
+  Scratch keys_transposed, queries, written_transposed, memory_transposed, gradient_transposed;
   Scratch grad_numerator, grad_memory, grad_written, grad_query, grad_key, scaled, weights, grad_scores, system;
-  Gates gates;
-  // Of the keys, and of the queries of one head.
-  float key_inverse_norms[CHUNK], query_inverse_norms[CHUNK];
+  // Of the keys of a span, and of the queries of one head.
+  float all_key_inverse_norms[SPAN * CHUNK], query_inverse_norms[CHUNK];
+  float* key_inverse_norms = nullptr;
   // Gradient of each token's write strength, and of the sum of log gates up to it.
   float grad_strength[CHUNK], grad_sums[CHUNK];
 
   BackwardBuffers(int64_t features, int64_t dim)
-      : keys(CHUNK * features), keys_transposed(features * CHUNK), queries(CHUNK * features),
-        written_transposed(dim * CHUNK), memory(features * dim), memory_transposed(dim * features),
+      : all_keys(SPAN * CHUNK * features), memories((SPAN + 1) * features * dim), keys_transposed(features * CHUNK),
+        queries(CHUNK * features), written_transposed(dim * CHUNK), memory_transposed(dim * features),
         gradient_transposed(dim * features), grad_numerator(CHUNK * dim), grad_memory(features * dim),
         grad_written(CHUNK * dim), grad_query(CHUNK * features), grad_key(CHUNK * features),
         scaled(CHUNK * std::max(features, dim)), weights(CHUNK * CHUNK), grad_scores(CHUNK * CHUNK),
         system(CHUNK * CHUNK) {}
-};
 
-struct Saved {
-  const float* before;  // the memory before a chunk, (features, head_dim)
-  Tokens written;
+  // Chooses a chunk of the span.
+  void enter(const Sizes& sizes, int64_t index) {
+    keys = all_keys + index * CHUNK * sizes.wide_features();
+    key_inverse_norms = all_key_inverse_norms + index * CHUNK;
+    memory = memories + index * sizes.wide_memory();
+    gates = &all_gates[index];
+  }
 };
 
 struct Gradients {
@@ -462,32 +501,46 @@ struct Gradients {
   Tokens query, key, value, strength, log_forget;
 };
 
-// Loads a chunk, `buffers.memory` being still the memory after it; starts the gradients of its corrections and keys with what
-// later chunks read.
-void start_chunk(const Sizes& sizes, const Inputs& inputs, const Saved& saved, const Chunk& chunk, int64_t batch,
+// Loads the keys of a chunk, and takes the memory before it to that after it.
+void replay_chunk(const Sizes& sizes, const Inputs& inputs, const Tokens& written, const Chunk& chunk, int64_t batch,
+                  int64_t head, BackwardBuffers& buffers) {
+  const int64_t rows = chunk.rows, features = sizes.wide_features(), dim = sizes.wide_dim();
+  Gates& gates = *buffers.gates;
+  inputs.load_states(inputs.key, chunk, batch, head, sizes.features, buffers.keys, buffers.key_inverse_norms);
+  inputs.load_gates(chunk, batch, head, gates);
+  load_rows(written, chunk, batch, head, sizes.head_dim, buffers.scaled);
+  scale_rows(rows, dim, gates.out, 1.0f, buffers.scaled, buffers.scaled);
+  float* after = buffers.memory + sizes.wide_memory();
+  for (int64_t i = 0; i < sizes.wide_memory(); i += LANES) store(after + i, gates.all * load(buffers.memory + i));
+  product(features, rows, dim, buffers.keys, 1, features, buffers.scaled, dim, after, dim, true);
+}
+
+// Starts the gradients of a chunk's corrections and keys with what later chunks read.
+void start_chunk(const Sizes& sizes, const Inputs& inputs, const Tokens& written, const Chunk& chunk, int64_t batch,
                  int64_t head, BackwardBuffers& buffers) {
   const int64_t rows = chunk.rows, features = sizes.wide_features(), dim = sizes.wide_dim();
-  Gates& gates = buffers.gates;
-  inputs.load_gates(chunk, batch, head, gates);
-  inputs.load_states(inputs.key, chunk, batch, head, sizes.features, buffers.keys, buffers.key_inverse_norms);
+  const Gates& gates = *buffers.gates;
   transpose(rows, features, buffers.keys, features, buffers.keys_transposed, CHUNK);
-  load_rows(saved.written, chunk, batch, head, sizes.head_dim, buffers.scaled);
+  load_rows(written, chunk, batch, head, sizes.head_dim, buffers.scaled);
   transpose(rows, dim, buffers.scaled, dim, buffers.written_transposed, CHUNK);
 
   // The last token's sum counts in all that is left after the chunk.
   std::fill(buffers.grad_sums, buffers.grad_sums + CHUNK, 0.0f);
   float products[LANES];
   for (int64_t i = 0; i < features; i += LANES) {
-    row_products(LANES, dim, buffers.memory + i * dim, buffers.grad_memory + i * dim, products);
+    row_products(LANES, dim, buffers.memory + sizes.wide_memory() + i * dim, buffers.grad_memory + i * dim, products);
     buffers.grad_sums[rows - 1] += sum_of(load(products));
   }
-  pack_wide(sizes.features, features, sizes.head_dim, dim, saved.before, sizes.head_dim, buffers.memory);
   transpose(features, dim, buffers.memory, dim, buffers.memory_transposed, features);
   transpose(features, dim, buffers.grad_memory, dim, buffers.gradient_transposed, features);
 
-  product(rows, dim, features, buffers.scaled, dim, 1, buffers.gradient_transposed, features, buffers.grad_key, features);
+  const Ahead next_values{inputs.value, chunk.next, batch, head, sizes.head_dim};
+  product_before(next_values, rows, dim, features, buffers.scaled, dim, 1, buffers.gradient_transposed, features,
+                 buffers.grad_key, features);
   scale_rows(rows, features, gates.out, 1.0f, buffers.grad_key, buffers.grad_key);
-  product(rows, features, dim, buffers.keys, features, 1, buffers.grad_memory, dim, buffers.grad_written, dim);
+  // Of the span whose turn is next.
+  const Ahead next_keys{inputs.key, chunk.start - SPAN * CHUNK, batch, head, sizes.features};
+  product_before(next_keys, rows, features, dim, buffers.keys, features, 1, buffers.grad_memory, dim, buffers.grad_written, dim);
   scale_rows(rows, dim, gates.out, 1.0f, buffers.grad_written, buffers.grad_written);
   for (int64_t i = 0; i < features * dim; i += LANES)
     store(buffers.grad_memory + i, gates.all * load(buffers.grad_memory + i));
@@ -497,7 +550,7 @@ void start_chunk(const Sizes& sizes, const Inputs& inputs, const Saved& saved, c
 void read_backward(const Sizes& sizes, const Inputs& inputs, const Gradients& gradients, const Chunk& chunk,
                    int64_t batch, int64_t query_head, BackwardBuffers& buffers) {
   const int64_t rows = chunk.rows, features = sizes.wide_features(), dim = sizes.wide_dim();
-  const Gates& gates = buffers.gates;
+  const Gates& gates = *buffers.gates;
   inputs.load_states(inputs.query, chunk, batch, query_head, sizes.features, buffers.queries, buffers.query_inverse_norms);
   load_rows(gradients.numerator, chunk, batch, query_head, sizes.head_dim, buffers.grad_numerator);
   product_to_lower(rows, features, buffers.queries, features, 1, buffers.keys_transposed, buffers.weights);
@@ -508,10 +561,13 @@ void read_backward(const Sizes& sizes, const Inputs& inputs, const Gradients& gr
   decay_lower(rows, gates.between, nullptr, 1.0f, buffers.grad_scores);
   add_transposed_product(rows, features, buffers.grad_scores, buffers.queries, buffers.grad_key);
   scale_rows(rows, dim, gates.in, 1.0f, buffers.grad_numerator, buffers.grad_numerator);
-  product(rows, dim, features, buffers.grad_numerator, dim, 1, buffers.memory_transposed, features, buffers.grad_query,
-          features);
+  const Ahead next_queries{inputs.query, chunk.next, batch, query_head, sizes.features};
+  product_before(next_queries, rows, dim, features, buffers.grad_numerator, dim, 1, buffers.memory_transposed, features,
+                 buffers.grad_query, features);
   add_lower_product(rows, features, buffers.grad_scores, buffers.keys, buffers.grad_query);
-  product(features, rows, dim, buffers.queries, 1, features, buffers.grad_numerator, dim, buffers.grad_memory, dim, true);
+  const Ahead next_gradients{gradients.numerator, chunk.next, batch, query_head, sizes.head_dim};
+  product_before(next_gradients, features, rows, dim, buffers.queries, 1, features, buffers.grad_numerator, dim,
+                 buffers.grad_memory, dim, true);
 
   float read[CHUNK];
   row_products(rows, features, buffers.grad_query, buffers.queries, read);
@@ -521,11 +577,11 @@ void read_backward(const Sizes& sizes, const Inputs& inputs, const Gradients& gr
 }
 
 // Through the corrections, back to values, keys and the memory before the chunk.
-void write_backward(const Sizes& sizes, const Inputs& inputs, const Saved& saved, const Gradients& gradients,
+void write_backward(const Sizes& sizes, const Inputs& inputs, const Tokens& written, const Gradients& gradients,
                     const Chunk& chunk, int64_t batch, int64_t head, BackwardBuffers& buffers) {
   const int64_t rows = chunk.rows, features = sizes.wide_features(), dim = sizes.wide_dim();
-  const Gates& gates = buffers.gates;
-  load_rows(saved.written, chunk, batch, head, sizes.head_dim, buffers.scaled);
+  const Gates& gates = *buffers.gates;
+  load_rows(written, chunk, batch, head, sizes.head_dim, buffers.scaled);
   float reads[CHUNK], is_read[CHUNK];
   row_products(rows, dim, buffers.grad_written, buffers.scaled, reads);
   row_products(rows, features, buffers.grad_key, buffers.keys, is_read);
@@ -544,7 +600,9 @@ void write_backward(const Sizes& sizes, const Inputs& inputs, const Saved& saved
   for (int64_t i = 0; i < rows; i++) buffers.grad_scores[i * CHUNK + i] = 0.0f;
   scale_rows(rows, dim, gates.in, -1.0f, buffers.grad_written, buffers.scaled);
   float* grad_written_key = buffers.grad_query;
-  product(rows, dim, features, buffers.scaled, dim, 1, buffers.memory_transposed, features, grad_written_key, features);
+  const Ahead next_written{written, chunk.start - SPAN * CHUNK, batch, head, sizes.head_dim};
+  product_before(next_written, rows, dim, features, buffers.scaled, dim, 1, buffers.memory_transposed, features,
+                 grad_written_key, features);
   add_lower_product(rows, features, buffers.grad_scores, buffers.keys, grad_written_key);
   scale_rows(rows, dim, gates.strength, 1.0f, buffers.scaled, buffers.scaled);
   product(features, rows, dim, buffers.keys_transposed, CHUNK, 1, buffers.scaled, dim, buffers.grad_memory, dim, true);
@@ -581,13 +639,32 @@ void store_gate_gradients(const Inputs& inputs, const Gradients& gradients, cons
   }
 }
 
+// The gradients of a span, whose memory at its start is in `buffers`; the gradient of the memory goes from its end to its start.
+void span_backward(const Sizes& sizes, const Inputs& inputs, const Tokens& written, const Gradients& gradients, int64_t span,
+                   int64_t batch, int64_t head, BackwardBuffers& buffers) {
+  const int64_t first = span * SPAN, count = std::min(SPAN, sizes.chunks() - first);
+  for (int64_t index = 0; index < count; index++) {
+    buffers.enter(sizes, index);
+    replay_chunk(sizes, inputs, written, Chunk(first + index, 1, sizes.length), batch, head, buffers);
+  }
+  for (int64_t index = count - 1; index >= 0; index--) {
+    const Chunk chunk(first + index, -1, sizes.length);
+    buffers.enter(sizes, index);
+    start_chunk(sizes, inputs, written, chunk, batch, head, buffers);
+    for (int64_t group = 0; group < sizes.groups(); group++)
+      read_backward(sizes, inputs, gradients, chunk, batch, head * sizes.groups() + group, buffers);
+    write_backward(sizes, inputs, written, gradients, chunk, batch, head, buffers);
+    store_gate_gradients(inputs, gradients, chunk, batch, head, buffers);
+  }
+}
+
 // Gradients of query, key, value, write strength, log_forget (empty without it) and the first memory.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> delta_backward(
     const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const at::Tensor& strength,
-    const std::optional<at::Tensor>& log_forget, const at::Tensor& last, const at::Tensor& memories,
-    const at::Tensor& written, const at::Tensor& grad_numerator, const at::Tensor& grad_last, bool maps) {
+    const std::optional<at::Tensor>& log_forget, const at::Tensor& memories, const at::Tensor& written,
+    const at::Tensor& grad_numerator, const at::Tensor& grad_last, bool maps) {
   check(query, key, value);
-  TORCH_CHECK(last.is_contiguous() && memories.is_contiguous() && grad_last.is_contiguous(), "memories must be contiguous");
+  TORCH_CHECK(memories.is_contiguous() && grad_last.is_contiguous(), "memories must be contiguous");
   const Sizes sizes(query, value);
   const int64_t features = sizes.features, head_dim = sizes.head_dim, memory_size = features * head_dim;
   at::Tensor grad_query = in_huge_pages(at::empty_like(query)), grad_key = in_huge_pages(at::empty_like(key));
@@ -600,8 +677,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
   const Gradients gradients{Tokens(grad_numerator), Tokens(grad_query), Tokens(grad_key), Tokens(grad_value),
                             Tokens(grad_strength), Tokens(forget.defined() ? grad_forget : forget)};
   const Tokens corrections(written);
-  const float *kept = memories.data_ptr<float>(), *after = last.data_ptr<float>();
-  const float* grad_after = grad_last.data_ptr<float>();
+  const float *kept = memories.data_ptr<float>(), *grad_after = grad_last.data_ptr<float>();
   float* first = grad_first.data_ptr<float>();
 
   at::parallel_for(0, sizes.batch * sizes.kv_heads, 1, [&](int64_t begin, int64_t end) {
@@ -609,16 +685,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
     BackwardBuffers buffers(wide_features, dim);
     for (int64_t memory = begin; memory < end; memory++) {
       const int64_t batch = memory / sizes.kv_heads, head = memory % sizes.kv_heads;
-      pack_wide(features, wide_features, head_dim, dim, after + memory * memory_size, head_dim, buffers.memory);
       pack_wide(features, wide_features, head_dim, dim, grad_after + memory * memory_size, head_dim, buffers.grad_memory);
-      for (int64_t index = sizes.chunks() - 1; index >= 0; index--) {
-        const Chunk chunk(index, -1, sizes.length);
-        const Saved saved{kept + (memory * sizes.chunks() + index) * memory_size, corrections};
-        start_chunk(sizes, inputs, saved, chunk, batch, head, buffers);
-        for (int64_t group = 0; group < sizes.groups(); group++)
-          read_backward(sizes, inputs, gradients, chunk, batch, head * sizes.groups() + group, buffers);
-        write_backward(sizes, inputs, saved, gradients, chunk, batch, head, buffers);
-        store_gate_gradients(inputs, gradients, chunk, batch, head, buffers);
+      for (int64_t span = sizes.spans() - 1; span >= 0; span--) {
+        std::copy_n(kept + (memory * sizes.spans() + span) * sizes.wide_memory(), sizes.wide_memory(), +buffers.memories);
+        span_backward(sizes, inputs, corrections, gradients, span, batch, head, buffers);
       }
       unpack(features, head_dim, dim, buffers.grad_memory, first + memory * memory_size, head_dim);
     }
@@ -668,15 +738,25 @@ void rms_norm_forward(const at::Tensor& states, const at::Tensor& weight, double
   });
 }
 
+// Rows of a tensor (batch, heads, seq, width), counted through, into rows of `wide`, zeros behind them.
+void gather_rows(const at::Tensor& tensor, int64_t first, int64_t count, int64_t wide, float* to) {
+  const int64_t heads = tensor.size(1), length = tensor.size(2), width = tensor.size(3);
+  const Tokens tokens(tensor);
+  for (int64_t row = first; row < first + count; row++, to += wide)
+    pack_wide(1, 1, width, wide, tokens.at(row / length / heads, row / length % heads, row % length), width, to);
+}
+
 // Gradients of states and weight: with n = x factor and g = weight grad, factor (g - n mean(g n)) and the sum of grad n.
 std::tuple<at::Tensor, at::Tensor> rms_norm_backward(const at::Tensor& states, const at::Tensor& weight,
                                                      const at::Tensor& grad, double eps) {
+  const int64_t width = states.size(-1);
   check_norm(states, weight);
-  check_norm(grad, weight);
-  const int64_t width = states.size(-1), wide = round_up(width), rows = states.numel() / width;
+  TORCH_CHECK(states.dim() == 4 && grad.sizes() == states.sizes() && (grad.stride(3) == 1 || width == 1),
+              "the gradient must have contiguous rows, and four axes as states");
+  const int64_t wide = round_up(width), rows = states.numel() / width;
   const int64_t blocks = (rows + NORM_ROWS - 1) / NORM_ROWS;
   at::Tensor grad_states = in_huge_pages(at::empty_like(states)), grad_weight = at::empty_like(weight);
-  const float *from = states.data_ptr<float>(), *given = grad.data_ptr<float>(), *weights = weight.data_ptr<float>();
+  const float *from = states.data_ptr<float>(), *weights = weight.data_ptr<float>();
   float *to = grad_states.data_ptr<float>(), *total = grad_weight.data_ptr<float>();
   Scratch sums(blocks * wide);
   std::fill(sums + 0, sums + blocks * wide, 0.0f);
@@ -688,7 +768,8 @@ std::tuple<at::Tensor, at::Tensor> rms_norm_backward(const at::Tensor& states, c
       const int64_t count = std::min(CHUNK, rows - row);
       float* sum = sums + row / NORM_ROWS * wide;
       pack_wide(count, CHUNK, width, wide, from + row * width, width, x);
-      pack_wide(count, CHUNK, width, wide, given + row * width, width, g);
+      gather_rows(grad, row, count, wide, g);
+      std::fill(g + count * wide, g + CHUNK * wide, 0.0f);
       norm_factors(CHUNK, width, wide, x, static_cast<float>(eps), factors);
       for (int64_t i = 0; i < CHUNK; i++)
         for (int64_t j = 0; j < wide; j += LANES) {
@@ -720,7 +801,7 @@ TORCH_LIBRARY_FRAGMENT(kermit_hf, m) {
       "delta_forward(Tensor query, Tensor key, Tensor value, Tensor write_strength, Tensor? log_forget, Tensor? matrix, "
       "bool maps, bool keeps) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "delta_backward(Tensor query, Tensor key, Tensor value, Tensor write_strength, Tensor? log_forget, Tensor last, "
+      "delta_backward(Tensor query, Tensor key, Tensor value, Tensor write_strength, Tensor? log_forget, "
       "Tensor memories, Tensor written, Tensor grad_numerator, Tensor grad_last, bool maps) -> (Tensor, Tensor, Tensor, "
       "Tensor, Tensor, Tensor)");
   m.def("rms_norm_forward(Tensor states, Tensor weight, float eps, Tensor(a!) result) -> ()");

@@ -48,7 +48,7 @@ class _DeltaFused(torch.autograd.Function):
         matrix = None if matrix is None else matrix.contiguous()
         keeps = any(ctx.needs_input_grad)
         numerator, last, matrices, written = load_cpu_kernels("kermit_hf").delta_forward(*inputs, matrix, maps, keeps)
-        ctx.save_for_backward(*inputs, last, matrices, written)
+        ctx.save_for_backward(*inputs, matrices, written)
         ctx.maps = maps
         return numerator, last
 
@@ -63,8 +63,8 @@ class _DeltaFused(torch.autograd.Function):
 
 
 def rms_norm_fused(states: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """weight x / sqrt(mean(x^2) + eps) over the last axis (Zhang and Sennrich 2019, arXiv 1910.07467). Without a gradient the
-    states are overwritten by it. First derivatives only."""
+    """weight x / sqrt(mean(x^2) + eps) over the last axis (Zhang and Sennrich 2019, arXiv 1910.07467) of states (batch, heads, seq,
+    dim). Without a gradient they are overwritten by it. First derivatives only."""
     states, weight = states.contiguous(), weight.contiguous()
     if torch.is_grad_enabled() and (states.requires_grad or weight.requires_grad):
         return _RmsNormFused.apply(states, weight, eps)
@@ -84,5 +84,5 @@ class _RmsNormFused(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        grads = load_cpu_kernels("kermit_hf").rms_norm_backward(*ctx.saved_tensors, grad.contiguous(), ctx.eps)
+        grads = load_cpu_kernels("kermit_hf").rms_norm_backward(*ctx.saved_tensors, contiguous_rows(grad), ctx.eps)
         return *grads, None

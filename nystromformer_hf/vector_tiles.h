@@ -12,6 +12,9 @@
 #include <memory>
 #include <utility>
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
 #include <sys/mman.h>
 
 namespace tiles {
@@ -37,7 +40,14 @@ inline void store(float* to, Vector vector) { std::memcpy(to, &vector, sizeof ve
 
 inline Vector fill(float number) { return number - Vector{}; }
 
+// Of the larger or the smaller of two numbers, where one is none, the second.
+#if defined(__AVX512F__)
+inline Vector larger(Vector a, Vector b) { return (Vector)_mm512_max_ps((__m512)a, (__m512)b); }
+inline Vector smaller(Vector a, Vector b) { return (Vector)_mm512_min_ps((__m512)a, (__m512)b); }
+#else
 inline Vector larger(Vector a, Vector b) { return a > b ? a : b; }
+inline Vector smaller(Vector a, Vector b) { return a < b ? a : b; }
+#endif
 
 inline int64_t round_up(int64_t count, int64_t unit = LANES) { return (count + unit - 1) / unit * unit; }
 
@@ -190,6 +200,14 @@ class Scratch {
   };
   std::unique_ptr<float[], Free> memory_;
 };
+
+// Fetches rows into a core's second cache. Only so many can be on the way: best a few at a time, between products.
+inline void fetch(int64_t rows, int64_t width, const float* from, int64_t stride) {
+  constexpr int64_t LINE = 64 / sizeof(float);
+  asm volatile("");  // without an effect that they know of, some compilers drop calls
+  for (int64_t i = 0; i < rows; i++)
+    for (int64_t j = 0; j < width; j += LINE) __builtin_prefetch(from + i * stride + j, 0, 2);
+}
 
 // Rows (rows, width) of a matrix whose rows lie `stride` apart, one after the other.
 inline void pack(int64_t rows, int64_t width, const float* from, int64_t stride, float* to) {

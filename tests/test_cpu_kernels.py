@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.utils import cpp_extension
 
+import nystromformer_hf.cpu_kernels
 from kermit_hf import cpu_kernels
-from nystromformer_hf import cpu_kernels as nystromformer_cpu_kernels
 
 
 CPU = torch.device("cpu")
@@ -58,10 +58,31 @@ def test_a_compiler_that_fails_leaves_nothing_and_says_what_helps(able, monkeypa
     assert not list((tmp_path / "extensions").iterdir())
 
 
-@pytest.mark.parametrize("module", [cpu_kernels, nystromformer_cpu_kernels])
+@pytest.mark.parametrize("module", [cpu_kernels, nystromformer_hf.cpu_kernels])
 def test_a_changed_header_is_compiled_anew(module):
     """A library is named after all that it was made from."""
     texts = [file.read_text() for file in (*module.HEADERS, *module.SOURCES)]
     included = {name for text in texts for name in re.findall(r'^#include "(.+)"', text, re.MULTILINE)}
     assert "vector_tiles.h" in included
     assert included == {header.name for header in module.HEADERS}
+
+
+@pytest.mark.parametrize("module", [cpu_kernels, nystromformer_hf.cpu_kernels])
+@pytest.mark.parametrize(
+    "states, held",
+    [
+        (torch.randn(()).expand(2, 3, 5, 8), 8),
+        (torch.randn(2, 1, 5, 16)[..., ::2].expand(2, 3, 5, 8), 2 * 5 * 8),
+        (torch.randn(2, 3, 8, 5).mT, 2 * 3 * 5 * 8),
+        (torch.randn(2, 3, 1, 8).expand(2, 3, 5, 8), 2 * 3 * 8),
+    ],
+)
+def test_rows_become_contiguous_and_expanded_axes_stay_expanded(module, states, held):
+    rows = module.contiguous_rows(states)
+    assert torch.equal(rows, states) and rows.stride(-1) == 1
+    assert rows.untyped_storage().nbytes() == held * rows.element_size()
+
+
+def test_contiguous_rows_are_not_copied():
+    states = torch.randn(2, 5, 3, 8).transpose(1, 2)
+    assert cpu_kernels.contiguous_rows(states) is states

@@ -54,7 +54,9 @@ def contenders(length: int, backward: bool) -> dict[str, Contender]:
             function = on_backend(kermit_hf.kernel_backend, backend, attention(length, rule, feature_map, 0))
             timed[f"{name}, {backend}"] = once(function, needed[name], **extra)
         near = work.window(length, HEAD_DIM, WINDOW, SINKS)
-        timed[f"{name} + window {WINDOW}"] = once(attention(length, rule, feature_map, WINDOW), needed[name] + near, **extra)
+        timed[f"{name} + window {WINDOW}"] = once(
+            attention(length, rule, feature_map, WINDOW), needed[name] + near, **extra
+        )
     if has("fla"):
         timed["flash-linear-attention Based"] = once(peers.flash_based(COORDINATES), needed["Taylor"])
         timed["flash-linear-attention elu"] = once(peers.flash_linear_attention, needed["elu"])

@@ -19,7 +19,7 @@ from tests.kermit_hf.tiny_models import place, tiny_model, tokens
 MISFIT = cpu_misfit(torch.device("cpu"))
 pytestmark = pytest.mark.skipif(MISFIT is not None, reason=f"kernels for CPUs cannot run: {MISFIT}")
 
-# Of the largest entry: sums of up to 300 terms in float32.
+# Of the largest entry: sums of up to 800 terms in float32.
 TOLERANCE = 1e-5
 GATES = pytest.mark.parametrize("gated", [False, True])
 ADDITIVE_SETTINGS = ["additive", "additive_pure", "additive_favor", "additive_taylor", "hybrid_softmax_first"]
@@ -60,7 +60,7 @@ def before_the_map(inputs: Inputs) -> Inputs:
 
 
 @GATES
-@pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 47, 48, 49, 96, 130, 300])
+@pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 47, 48, 49, 96, 130, 300, 384, 385, 800])
 def test_any_length(gated, length):
     assert_follows_the_reference(make_inputs("additive", gated, length))
 
@@ -96,6 +96,25 @@ def test_any_layout(layout):
     inputs = make_inputs("additive", True, 75)
     tensors = {name: layout(tensor.detach().float()).requires_grad_() for name, tensor in inputs.tensors.items()}
     assert_follows_the_reference(inputs, single=Inputs(tensors, "additive"))
+
+
+@pytest.mark.parametrize("layout", [torch.Tensor.contiguous, transposed])
+def test_gradients_lie_in_memory_as_the_states(layout):
+    inputs = make_inputs("additive", True, 75)
+    states = {name: layout(tensor.detach().float()).requires_grad_() for name, tensor in inputs.tensors.items()}
+    outputs = run(Inputs(states, "additive"), additive_fused)
+    grads = torch.autograd.grad(sum(out.square().sum() for out in outputs), states.values())
+    for name, grad in zip(states, grads, strict=True):
+        assert name not in ("query", "key", "value") or grad.stride() == states[name].stride(), name
+
+
+def test_the_gradient_of_a_sum():
+    """Which comes expanded from one number."""
+    inputs = make_inputs("additive", True, 75).to(torch.float32)
+    numerator = run(inputs, additive_fused)[0]
+    ones = torch.ones(()).expand(numerator.shape), torch.ones_like(numerator)
+    results = [torch.autograd.grad(numerator, inputs.tensors.values(), one, retain_graph=True) for one in ones]
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
 @GATES

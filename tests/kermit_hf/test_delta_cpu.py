@@ -19,7 +19,7 @@ from tests.kermit_hf.tiny_models import place, tiny_model, tokens
 MISFIT = cpu_misfit(torch.device("cpu"))
 pytestmark = pytest.mark.skipif(MISFIT is not None, reason=f"kernels for CPUs cannot run: {MISFIT}")
 
-# Of the largest entry: sums of up to 300 terms in float32, and a triangular system.
+# Of the largest entry: sums of up to 600 terms in float32, and a triangular system.
 TOLERANCE = 1e-5
 GATES = pytest.mark.parametrize("gated", [False, True])
 DELTA_SETTINGS = ["delta", "delta_pure", "delta_bare", "delta_one_token_window", "hybrid"]
@@ -49,7 +49,7 @@ def assert_follows_the_reference(
 
 
 @GATES
-@pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 63, 64, 65, 130, 300])
+@pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 63, 64, 65, 130, 256, 257, 600])
 def test_any_length(gated, length):
     assert_follows_the_reference(make_inputs("delta", gated, length))
 
@@ -85,6 +85,25 @@ def test_any_layout(layout):
     inputs = make_inputs("delta", True, 75)
     tensors = {name: layout(tensor.detach().float()).requires_grad_() for name, tensor in inputs.tensors.items()}
     assert_follows_the_reference(inputs, Inputs(tensors, "delta"))
+
+
+@pytest.mark.parametrize("layout", [torch.Tensor.contiguous, transposed])
+def test_gradients_lie_in_memory_as_the_states(layout):
+    inputs = make_inputs("delta", True, 75)
+    states = {name: layout(tensor.detach().float()).requires_grad_() for name, tensor in inputs.tensors.items()}
+    outputs = run(Inputs(states, "delta"))
+    grads = torch.autograd.grad(sum(out.square().sum() for out in outputs), states.values())
+    for name, grad in zip(states, grads, strict=True):
+        assert name not in ("query", "key", "value") or grad.stride() == states[name].stride(), name
+
+
+def test_the_gradient_of_a_sum():
+    """Which comes expanded from one number."""
+    inputs = make_inputs("delta", True, 75).to(torch.float32)
+    numerator = run(inputs)[0]
+    ones = torch.ones(()).expand(numerator.shape), torch.ones_like(numerator)
+    results = [torch.autograd.grad(numerator, inputs.tensors.values(), one, retain_graph=True) for one in ones]
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
 @GATES
@@ -170,12 +189,11 @@ def test_the_norm_is_that_of_llama(shape):
     assert_close(actual, expected, TOLERANCE)
     with torch.no_grad():
         assert torch.equal(delta_cpu.rms_norm_fused(single[0].clone(), single[1], norm.variance_epsilon), actual)
-    grad = torch.randn(shape).transpose(1, 2).contiguous().transpose(1, 2)
-    theirs = torch.autograd.grad(expected, [states, weight], grad.double())
-    for name, ours, correct in zip(
-        ("states", "weight"), torch.autograd.grad(actual, single, grad), theirs, strict=True
-    ):
-        assert_close(ours, correct, TOLERANCE, name)
+    for grad in (transposed(torch.randn(shape)), torch.randn(shape[-1]).expand(shape)):
+        theirs = torch.autograd.grad(expected, [states, weight], grad.double(), retain_graph=True)
+        ours = torch.autograd.grad(actual, single, grad, retain_graph=True)
+        for name, one, correct in zip(("states", "weight"), ours, theirs, strict=True):
+            assert_close(one, correct, TOLERANCE, name)
 
 
 def test_only_a_plain_norm_is_replaced():
