@@ -376,8 +376,8 @@ def _write_kernel(
     normalizer = tl.zeros([FEATURES], tl.float32)
     for group in range(GROUPS):
         token_rows = (head * GROUPS + group) * length
-        for start in range(0, CHUNK, ROWS):
-            tokens = chunk * CHUNK + start + tl.arange(0, ROWS)
+        for start in range(chunk * CHUNK, tl.minimum((chunk + 1) * CHUNK, length), ROWS):
+            tokens = start + tl.arange(0, ROWS)
             state = load(states + token_rows * NUM_COORDINATES, tokens, columns, length, NUM_COORDINATES)
             expanded = _choose(state, left, COORDINATES, dtype) * _choose(state, right, COORDINATES, dtype)
             expanded = tl.where((tokens < length)[:, None], expanded * factor[None, :], 0.0)

@@ -31,7 +31,7 @@ def tile_dtype(*tensors: torch.Tensor) -> torch.dtype:
 @triton.jit
 def load(pointer, rows, columns, num_rows, num_columns: tl.constexpr):
     """Entries of a matrix (num_rows, num_columns), zero outside of it."""
-    inside = (rows >= 0)[:, None] & (rows < num_rows)[:, None] & (columns < num_columns)[None, :]
+    inside = (rows < num_rows)[:, None] & (columns < num_columns)[None, :]
     return tl.load(pointer + rows[:, None] * num_columns + columns[None, :], mask=inside, other=0.0)
 
 

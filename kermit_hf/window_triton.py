@@ -89,7 +89,7 @@ def _sizes(query: torch.Tensor, key: torch.Tensor, window: int, is_causal: bool)
     """What the kernels are compiled for."""
     head_dim = query.shape[3]
     # Wider tiles do not fit into the registers, nor into the shared memory of smaller GPUs.
-    narrow = query.dtype == torch.bfloat16 and head_dim <= 64
+    narrow = head_dim <= (64 if query.dtype == torch.bfloat16 else 16)
     return {
         "GROUPS": query.shape[1] // key.shape[1],
         "WINDOW": window,

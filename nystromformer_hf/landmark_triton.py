@@ -219,7 +219,7 @@ def _sizes(query: torch.Tensor, key: torch.Tensor, layout: Layout, scaling: floa
     """What the kernels are compiled for."""
     head_dim = query.shape[3]
     # Larger tiles do not fit into the registers, nor into the shared memory of smaller GPUs.
-    rows = 64 if query.dtype == torch.bfloat16 else 32
+    rows = 64 if query.dtype == torch.bfloat16 or head_dim <= 16 else 32
     return {
         "SCALE": scaling,
         "GROUPS": query.shape[1] // key.shape[1],

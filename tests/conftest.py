@@ -2,6 +2,7 @@
 
 import os
 import random
+from importlib.util import find_spec
 
 
 # Workers that each open a thread per core slow each other down several times; the variable also reaches subprocesses.
@@ -17,6 +18,10 @@ from hypothesis import settings
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
+if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton"):
+    from tests.triton_interpreter import hasten
+
+    hasten()
 
 # Examples that differ from run to run, and deadlines that depend on the machine's load, have no place in CI.
 settings.register_profile("default", deadline=None, derandomize=bool(os.environ.get("CI")))

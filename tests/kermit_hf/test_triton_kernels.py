@@ -35,13 +35,14 @@ def test_the_taylor_kernels_compile_for_a_gpu(name, head_dim, gated, tmp_path):
     compile_kernel(kernel, {**sizes, **absent}, KINDS, tmp_path, has_products=name != "carry")
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("dtype, head_dim", [("bf16", 64), ("bf16", 128), ("fp32", 16)])
 @pytest.mark.parametrize("name", ["merge", "query_gradient", "key_gradient"])
-def test_the_window_kernels_compile_for_a_gpu(name, head_dim, tmp_path):
+def test_the_window_kernels_compile_for_a_gpu(name, dtype, head_dim, tmp_path):
     from kermit_hf import window_triton
 
-    states = torch.empty(1, 2, 1, head_dim, dtype=torch.bfloat16)
+    states = torch.empty(1, 2, 1, head_dim, dtype={"bf16": torch.bfloat16, "fp32": torch.float32}[dtype])
     sizes = window_triton._sizes(states, states[:, :1], 128, True)
     if name == "merge":
         sizes |= {"NUM_SINKS": 4, "SINKS": 16}
-    compile_kernel(getattr(window_triton, f"_{name}_kernel"), sizes, KINDS, tmp_path)
+    kinds = KINDS | dict.fromkeys(STATES, f"*{dtype}")
+    compile_kernel(getattr(window_triton, f"_{name}_kernel"), sizes, kinds, tmp_path)

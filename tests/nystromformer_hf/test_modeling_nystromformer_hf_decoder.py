@@ -17,6 +17,7 @@ from nystromformer_hf import (
     NystromformerHFDecoderForSequenceClassification,
     NystromformerHFDecoderModel,
     causal_nystrom_attention,
+    kernel_backend,
     tiled_attention,
 )
 
@@ -473,7 +474,7 @@ class TestCache:
 
 
 class TestTiles:
-    """Pieces long enough for `tiled_attention`, here with tiles so small that there are many."""
+    """Pieces long enough for PyTorch's `tiled_attention`, here with tiles so small that there are many."""
 
     # Segments of up to twice TILE_BLOCK can be tiled, and a text of four blocks behind a near field is.
     SETTINGS = [setting for setting in SETTINGS if setting != "longer_than_text"]
@@ -490,7 +491,8 @@ class TestTiles:
             return original(*arguments)
 
         monkeypatch.setattr(causal_nystrom_attention, "tiled_attention", counted)
-        return tiles
+        with kernel_backend("torch"):
+            yield tiles
 
     @pytest.mark.parametrize("kind", ["dynamic", "static"])
     @pytest.mark.parametrize("side", [None, "left", "right", "middle"])
