@@ -70,11 +70,11 @@ class Slots(NamedTuple):
 
 
 class FarReadout(NamedTuple):
-    """Of the last `length` queries: those before them have nothing to read.
+    """Of the last `readers` queries: those before them have nothing to read.
 
-    numerator (batch, heads, length, head_dim); denominator (batch, heads, length), None for the delta rule; log_scale of
-    the queries, (batch, heads, length) or None; empty, which queries have nothing behind their window, broadcastable to
-    (batch, heads, length); weights (batch, heads, length, slots), from the reference; divided: the numerator is their quotient.
+    numerator (batch, heads, readers, head_dim); denominator (batch, heads, readers), None for the delta rule; log_scale of
+    the queries, (batch, heads, readers) or None; empty, which queries have nothing behind their window, broadcastable to
+    (batch, heads, readers); weights (batch, heads, readers, slots), from the reference; divided: the numerator is their quotient.
     """
 
     numerator: torch.Tensor
@@ -153,7 +153,7 @@ def _segment_size(query: torch.Tensor, window_size: int) -> int:
     batch, heads, length, head_dim = query.shape
     if query.device.type != "cpu" or torch.compiler.is_compiling():
         return length
-    fitting = SEGMENT_ELEMENTS // (batch * heads * head_dim) // 64 * 64
+    fitting = SEGMENT_ELEMENTS // max(batch * heads * head_dim, 1) // 64 * 64
     return max(fitting, 256, window_size)
 
 
@@ -474,7 +474,7 @@ def _far_behind(
         None
         if _all_have_older(slots, num_readers, window_size, num_sinks + 1)
         else _num_older(slots, num_readers, window_size) <= num_sinks,
-        pad_zeros(read.weights[:, :, skip:], (start, num_slots - end)) if explicit else None,
+        pad_zeros(read.weights[:, :, skip:], (reads_from, num_slots - end)) if explicit else None,
         rule.divides,
     )
     return far, read.memory if absorbed >= end else memory, query, slots

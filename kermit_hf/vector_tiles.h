@@ -74,7 +74,7 @@ inline float largest_of(Vector vector) {
 // exp of numbers up to 88, to about one unit in the last place; zero below -87, where floats become denormal.
 // 2^k exp(r) with |r| <= ln 2 / 2 and the polynomial of Cephes' expf (Moshier 1989) for exp(r).
 inline Vector exponential(Vector x) {
-  const Vector in_range = larger(x, fill(-87.0f));
+  const Vector in_range = larger(fill(-87.0f), x);  // what is not a number stays so: the second one is taken
   const Vector shifted = in_range * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: its last bits are the rounded k
   const Vector k = shifted - 12582912.0f;
   const Vector r = in_range - k * 0.693359375f - k * -2.12194440e-4f;

@@ -25,7 +25,7 @@ def window_fused(
 
     Args:
         query, key, value, first_real: see `window_attention`.
-        sinks: keys, scaled and turned back by their distance (see `kermit_attention.sink_keys`), and values of the sinks, both
+        sinks: keys, scaled and turned back by their distance (see `kermit_attention._turned_sink_keys`), and values of the sinks, both
             (batch, kv_heads, sinks, head_dim); each is seen once it lies behind the window.
         far: of the last queries, as many as it has rows; those before them have none.
         rotary: cosine and sine of slot numbers, both (slots or more, head_dim / 2 or more), without gradients.

@@ -190,6 +190,7 @@ window_backward(const at::Tensor& query, const at::Tensor& key, const at::Tensor
   const Problem problem = inputs.describe(window, is_causal);
   const Parts parts(inputs, problem);
   check_rows(grad, "grad");
+  TORCH_CHECK(grad.sizes() == query.sizes(), "the gradient has to be of the output's shape");
   at::Tensor grad_query = empty_gradient(query), grad_key = empty_gradient(key), grad_value = empty_gradient(value);
   const auto grad_far_value = empty_gradient(far_value), grad_far_logit = empty_gradient(far_logit);
   // Of each span's queries, to be summed: keys and values.

@@ -151,7 +151,7 @@ struct Problem {
   int64_t most_keys() const { return span() + behind() + ahead() + 2 * BLOCK; }
   // Slots of the keys that queries in these slots see, in whole tiles.
   Range reach(Range queries) const {
-    const int64_t first = std::max<int64_t>(queries.start - behind(), 0) / BLOCK * BLOCK;
+    const int64_t block = queries.start / BLOCK * BLOCK, first = std::max<int64_t>(block - behind(), 0) / BLOCK * BLOCK;
     return {first, std::min(queries.end + ahead(), slots)};
   }
   Band band(int64_t query_slot, int64_t key_slot, int64_t first_real) const {
@@ -273,6 +273,19 @@ struct Inputs {
                     query.size(3) == key.size(3),
                 "query (batch, heads, seq, head_dim) does not fit key and value (batch, kv_heads, keys, head_dim)");
     TORCH_CHECK(window >= 1, "window must be at least 1");
+    TORCH_CHECK(cos.has_value() == sin.has_value() && sink_keys.has_value() == sink_values.has_value() &&
+                    far_value.has_value() == far_logit.has_value(),
+                "cosine and sine, keys and values of sinks, and value and logit of the far field come in pairs");
+    if (sink_keys)
+      TORCH_CHECK(sink_keys->sizes() == sink_values->sizes() && sink_keys->size(0) == key.size(0) &&
+                      sink_keys->size(1) == key.size(1) && sink_keys->size(3) == key.size(3),
+                  "sinks have to be (batch, kv_heads, sinks, head_dim)");
+    if (far_value)
+      TORCH_CHECK(far_value->size(0) == query.size(0) && far_value->size(1) == query.size(1) &&
+                      far_value->size(2) <= query.size(2) && far_value->size(3) == query.size(3) &&
+                      far_logit->sizes() == far_value->sizes().slice(0, 3),
+                  "the far field has to be (batch, heads, rows, head_dim), its logit (batch, heads, rows), with at most ",
+                  query.size(2), " rows");
     TORCH_CHECK(
         first_real.scalar_type() == at::kLong && first_real.is_contiguous() && first_real.numel() == query.size(0),
         "first_real must be int64 (batch,)");

@@ -321,6 +321,8 @@ class TestAssistedGeneration:
         prompt = tokens(1, 6).repeat(1, 4)
         expected = generate(model, prompt, max_new_tokens=40)
         assert torch.equal(generate(model, prompt, prompt_lookup_num_tokens=4, max_new_tokens=40), expected)
+        model.set_attn_implementation("eager")
+        assert torch.equal(generate(model, prompt, prompt_lookup_num_tokens=4, max_new_tokens=40), expected)
 
     @pytest.mark.parametrize(
         ("setting", "close"), [*((name, True) for name in SETTINGS), ("delta", False), ("hybrid", False)]

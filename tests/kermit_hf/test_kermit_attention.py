@@ -511,6 +511,64 @@ def test_segments_change_nothing(rule, window, monkeypatch):
         assert (ours - whole).abs().max() <= tolerance * whole.abs().max()
 
 
+@pytest.mark.parametrize("rule", ["delta", "additive"])
+@pytest.mark.parametrize("first_real", [0, 3, torch.tensor([0, 6])])
+@pytest.mark.parametrize("num_absorbed", [None, 0, 1, 5, 17])
+def test_tokens_that_may_be_taken_back_are_read_and_not_kept(rule, first_real, num_absorbed):
+    """The memory keeps the first slots only; outputs are as if it kept all, in the linear form and the explicit one."""
+    feature_map = FEATURE_MAPS["elu"](4, None, 2, 2)
+    feature_map.unit_norm = rule == "delta"
+    query, keys, values = torch.randn(2, 2, 15, 4).double(), *torch.randn(2, 2, 2, 40, 4).double()
+    gates = {"log_forget": -torch.rand(2, 2, 40).double()}
+    if rule == "delta":
+        gates["write_strength"] = torch.rand(2, 2, 40).double()
+    sinks = kermit_attention.first_tokens(keys, values, first_real, 2)
+    angles = torch.arange(40)[:, None] * torch.tensor([1.0, 0.1, 1.0, 0.1]).double()
+
+    def attend(num_absorbed: int | None, explicit: bool = False, num_slots: int = 40):
+        tokens = keys[:, :, :num_slots], values[:, :, :num_slots]
+        cut = {name: gate[:, :, :num_slots] for name, gate in gates.items()}
+        slots = kermit_attention.Slots(*tokens, cut, first_real, *sinks, num_absorbed=num_absorbed)
+        maps, rotary = (feature_map.map_queries, feature_map.map_keys), (angles.cos(), angles.sin())
+        options = {"far_norm": nn.Identity(), "explicit": explicit}
+        queries = query[:, :, -num_slots:]
+        far_logit = torch.zeros(queries.shape[:3])
+        return kermit_attention.kermit_attention(queries, slots, rotary, 8, rule, *maps, far_logit, **options)
+
+    linear, explicit = attend(num_absorbed), attend(num_absorbed, explicit=True)
+    for output in (linear.output, explicit.output):
+        assert relative_error(output, attend(None).output) < 1e-9
+    assert explicit.weights.shape == (2, 2, 15, 40)
+    expected = attend(None, num_slots=40 if num_absorbed is None else num_absorbed + 8).memory
+    for memory in (linear.memory, explicit.memory):
+        assert (memory is None) == (expected is None)
+        assert memory is None or (memory.matrix - expected.matrix).abs().max() < 1e-9
+
+
+class TestPartOfATensor:
+    """Its gradient meets that of the whole tensor in place: the same sums as autograd's."""
+
+    @pytest.mark.parametrize("uses", ["both", "part", "rest"])
+    def test_gradients_are_those_of_a_slice(self, uses):
+        tensor, weights = torch.randn(2, 3, 9, 4).requires_grad_(), torch.randn(2, 3, 9, 4)
+
+        def total(part: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
+            parts = {"part": (part.sin() * weights[:, :, 2:7]).sum(), "rest": (rest.square() * weights).sum()}
+            return sum(parts.values()) if uses == "both" else parts[uses]
+
+        taken = kermit_attention._TakePart.apply(tensor, 2, 7)
+        (grad,) = torch.autograd.grad(total(*taken), tensor)
+        (expected,) = torch.autograd.grad(total(tensor[:, :, 2:7], tensor), tensor)
+        assert relative_error(grad, expected) < 1e-6
+
+    def test_a_graph_that_is_kept_gives_the_same_gradient_again(self):
+        tensor = torch.randn(2, 3, 9, 4).requires_grad_()
+        part, rest = kermit_attention._TakePart.apply(tensor, 0, 5)
+        total = part.sin().sum() + rest.square().sum()
+        grads = [torch.autograd.grad(total, tensor, retain_graph=True)[0] for _ in range(2)]
+        assert torch.equal(*grads)
+
+
 def test_a_tiny_denominator_leaves_the_gradient_finite():
     """The features of a long key are as small as e^-60: dividing by the square of their sum would overflow float32."""
     numerator = torch.full((1, 1, 3, 4), 1e-21).requires_grad_()

@@ -71,6 +71,7 @@ CASES = {
     "more sinks than a tile": Case(70, 70, 16, 9, heads=2, sinks=70, far=True),
     "several spans": Case(1100, 1300, 8, 128, **EVERYTHING),
     "several spans, both ways": Case(1100, 1100, 8, 128, **EVERYTHING, is_causal=False),
+    "a past that ends in the first block of a span": Case(42, 600, 64, 41, far=True),
     "a window longer than a span": Case(1500, 1500, 8, 700, **EVERYTHING),
     "a window longer than a span, both ways": Case(1500, 1500, 8, 700, **EVERYTHING, is_causal=False),
 }
@@ -248,6 +249,33 @@ def test_large_logits_neither_overflow_nor_lose_the_gradient(size):
     close = (output - attend_reference(exact, case)).abs().amax(-1) < 1e-2
     assert close.float().mean() > 0.9
     assert all(result.isfinite().all() for result in (output, *grads))
+
+
+@pytest.mark.parametrize("name", ["query", "key"])
+def test_not_a_number_is_not_hidden(name):
+    """Of the queries that see it, no other."""
+    case = Case(100, 100, 8, 10, rotary=True)
+    tensors, _ = make_inputs(case)
+    tensors[name][0, 0, 50, 3] = float("nan")
+    (broken,) = attend_fused(tensors, case)[0, 0].isnan().any(-1).nonzero(as_tuple=True)
+    assert broken.tolist() == ([50] if name == "query" else list(range(50, 60)))
+
+
+@pytest.mark.parametrize(
+    "name, shape, message",
+    [
+        ("sink_values", (2, 2, 4, 16), "sinks have to be"),
+        ("far_value", (2, 4, 71, 16), "with at most 70 rows"),
+        ("far_logit", (2, 4, 60), "its logit"),
+        ("value", (2, 2, 80, 16), "does not fit key and value"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(name, shape, message):
+    case = CASES["everything"]
+    tensors, first_real = make_inputs(case)
+    tensors[name] = torch.zeros(shape)
+    with pytest.raises(RuntimeError, match=message):
+        attend_fused(tensors, case, first_real)
 
 
 def test_sinks_and_far_field_that_nobody_sees_leave_the_near_field_as_it_is():
