@@ -545,6 +545,16 @@ def test_tokens_that_may_be_taken_back_are_read_and_not_kept(rule, first_real, n
         assert memory is None or (memory.matrix - expected.matrix).abs().max() < 1e-9
 
 
+@pytest.mark.parametrize("rule", ["delta", "additive"])
+def test_a_batch_without_texts(rule):
+    model = make_model(update_rule=rule, feature_map="elu", window_size=5)
+    assert model(torch.zeros(0, LENGTH, dtype=torch.long)).last_hidden_state.shape == (
+        0,
+        LENGTH,
+        model.config.hidden_size,
+    )
+
+
 class TestPartOfATensor:
     """Its gradient meets that of the whole tensor in place: the same sums as autograd's."""
 
