@@ -17,6 +17,7 @@ using namespace tiles;
 using at::Tensor;
 
 constexpr int64_t BLOCK = 16 * TILE_ROWS;  // tokens that a thread takes at a time
+constexpr int64_t UNIT = 16;  // matrices come with rows of whole vectors of any size: see LANES in favor_cpu.py
 constexpr float MAX_EXPONENT = 60.0f;
 
 // Sizes of states (batch, heads, seq, dims), whose last axis is contiguous, and of their features.
@@ -29,7 +30,7 @@ struct Sizes {
         length(states.size(2)),
         dims(states.size(3)),
         features(num_features),
-        width(round_up(num_features)) {
+        width(round_up(num_features, UNIT)) {
     // The strides of an empty tensor, or of an axis of one entry, say nothing.
     TORCH_CHECK(states.stride(3) == 1 || states.size(3) == 1 || states.numel() == 0, "rows have to be contiguous");
   }
@@ -135,7 +136,7 @@ Tensor favor_backward(const Tensor& states, const Tensor& directions, const Tens
   const Sizes sizes(states, features.size(3));
   for (const Tensor* rows : {&features, &grad_features})
     TORCH_CHECK(rows->stride(3) == 1 || rows->size(3) == 1 || rows->numel() == 0, "rows have to be contiguous");
-  const int64_t width = round_up(sizes.dims);
+  const int64_t width = round_up(sizes.dims, UNIT);
   TORCH_CHECK(directions.is_contiguous() && directions.size(1) == width, "directions have to be padded and contiguous");
   const Tensor grad_states = at::empty({sizes.batch, sizes.length, sizes.heads, sizes.dims}, states.options()).transpose(1, 2);
   const float scale = 1.0f / std::sqrt(static_cast<float>(sizes.dims));

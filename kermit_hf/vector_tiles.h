@@ -40,7 +40,7 @@ inline void store(float* to, Vector vector) { std::memcpy(to, &vector, sizeof ve
 
 inline Vector fill(float number) { return number - Vector{}; }
 
-// Of the larger or the smaller of two numbers, where one is none, the second.
+// The larger, or the smaller, of two numbers; the second where one of them is not a number.
 #if defined(__AVX512F__)
 inline Vector larger(Vector a, Vector b) { return (Vector)_mm512_max_ps((__m512)a, (__m512)b); }
 inline Vector smaller(Vector a, Vector b) { return (Vector)_mm512_min_ps((__m512)a, (__m512)b); }
