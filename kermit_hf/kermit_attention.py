@@ -226,18 +226,19 @@ def _attend(
         early = length - far.numerator.shape[2]
         if far_norm is not None and not explicit and query.shape[2] > 1:
             far_norm = find_norm(far_norm, far.numerator)
-        far_field = _virtual_token(far, far_logit[:, :, early:], far_norm)
+        far_value = _far_value(far, far_norm)
         far_weights = far.weights
         if explicit and far.denominator is not None:
             far_weights = far_weights / _positive(far.denominator)[..., None]
         if explicit:
             far_weights = pad_zeros(far_weights, (0, 0, early, 0))
     if window_size == 0:
-        far_field = _for_all_queries(far_field, length)
-        output = F.dropout(far_field.value, dropout)
+        output = F.dropout(pad_zeros(far_value, (0, 0, early, 0)), dropout)
         if not explicit:
             return KermitAttentionOutput(output, memory)
         return KermitAttentionOutput(output, memory, far_weights, None, output - _apply(far_weights, slots.values))
+    if far is not None:
+        far_field = _virtual_token(far, far_value, far_logit[:, :, early:])
 
     cos, sin = rotary
     sink_keys = None
@@ -363,14 +364,16 @@ def _for_all_queries(far: FarField, length: int) -> FarField:
     return FarField(F.pad(far.value, (0, 0, early, 0)), F.pad(far.logit, (early, 0), value=float("-inf")))
 
 
-def _virtual_token(far: FarReadout, logit: torch.Tensor, norm: Callable | None) -> FarField:
-    """The far field as one token: its value, and the logit with which it enters the softmax."""
+def _far_value(far: FarReadout, norm: Callable | None) -> torch.Tensor:
     if far.denominator is None:
-        value = norm(far.numerator)
-    else:
-        denominator = _positive(far.denominator)
-        value = far.numerator if far.divided else _Divide.apply(far.numerator, denominator[..., None])
-        logit = logit + denominator.log()
+        return norm(far.numerator)
+    return far.numerator if far.divided else _Divide.apply(far.numerator, _positive(far.denominator)[..., None])
+
+
+def _virtual_token(far: FarReadout, value: torch.Tensor, logit: torch.Tensor) -> FarField:
+    """The far field as one token: its value, and the logit with which it enters the softmax."""
+    if far.denominator is not None:
+        logit = logit + _positive(far.denominator).log()
     if far.log_scale is not None:
         logit = logit + far.log_scale
     logit = logit.to(value.dtype)

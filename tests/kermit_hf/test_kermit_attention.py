@@ -584,7 +584,7 @@ def test_a_tiny_denominator_leaves_the_gradient_finite():
     numerator = torch.full((1, 1, 3, 4), 1e-21).requires_grad_()
     denominator = torch.tensor([1e-21, 1e-25, 1.0]).view(1, 1, 3).requires_grad_()
     far = kermit_attention.FarReadout(numerator, denominator, None, None, None)
-    value, logit = kermit_attention._virtual_token(far, torch.zeros(1, 1, 3), None)
+    value, logit = kermit_attention._virtual_token(far, kermit_attention._far_value(far, None), torch.zeros(1, 1, 3))
     for gradient in torch.autograd.grad(value.sum() + logit.sum(), (numerator, denominator)):
         assert torch.isfinite(gradient).all()
 
