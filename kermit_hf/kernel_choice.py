@@ -62,7 +62,8 @@ class KernelChoice:
         misfit = self.misfit(name, tensor.device)
         if misfit is not None:
             raise ValueError(f"kernel backend {name!r} cannot run: {misfit}, or choose backend 'torch'")
-        return True
+        # On a CPU Triton's interpreter runs them, into which `torch.compile` cannot look.
+        return tensor.device.type != "cpu" or not torch.compiler.is_compiling()
 
     def check(self, name: str) -> None:
         """Raises `ValueError` if the name is unknown or a package is not installed."""

@@ -101,3 +101,14 @@ def test_dropout_is_torch_s(called):
         with kernel_backend(backend), torch.no_grad():
             logits.append(model(input_ids).logits)
     assert_close(*logits)
+
+
+def test_torch_compile_gets_the_torch_forms(called):
+    """It cannot look into the interpreter."""
+    model = tiny_model(MODELS["Taylor and window"], num_hidden_layers=1)
+    input_ids = tokens(1, 20)
+    with torch.no_grad():
+        expected = model(input_ids).logits
+        with kernel_backend("triton"):
+            assert_close(torch.compile(model, backend="aot_eager")(input_ids).logits, expected)
+    assert not called

@@ -74,3 +74,13 @@ def test_explicit_weights_are_torch_s(called):
     with kernel_backend("triton"), torch.no_grad():
         assert model(tokens(1, 20), output_attentions=True).attentions[0] is not None
     assert called == []
+
+
+def test_torch_compile_gets_the_torch_forms(called):
+    """It cannot look into the interpreter."""
+    model, input_ids = tiny_model("regularized_conv", num_hidden_layers=1), tokens(1, 20)
+    with torch.no_grad():
+        expected = model(input_ids).logits
+        with kernel_backend("triton"):
+            assert_close(torch.compile(model, backend="aot_eager")(input_ids).logits, expected)
+    assert called == []
