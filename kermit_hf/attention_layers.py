@@ -214,18 +214,19 @@ class KermitKernelAttention(KermitSoftmaxAttention):
             is_pad = padding.is_pad(hidden_states.shape[1])[..., None]
             projected = tuple(states.masked_fill(is_pad, 0.0) for states in projected)
         channels = [states.shape[-1] for states in projected]
-        if cache is None:
-            behind = taps - 1 if self.config.is_causal else taps // 2
-            weights = self.conv_weight.split(channels)
-            pairs = zip(projected, weights, strict=True)
-            return tuple(depthwise_conv(states, weight, behind, taps - 1 - behind) for states, weight in pairs)
-        states = cache.update_conv(torch.cat(projected, -1), taps, None if padding is None else padding.num_pad)
-        if states.shape[1] == taps:
-            # One token: a product and a sum cost a fifth of a convolution.
-            states = (states.float() * self.conv_weight[:, 0].mT.float()).sum(1, keepdim=True).to(states.dtype)
+        behind = ahead = 0
+        if cache is not None:
+            states = cache.update_conv(torch.cat(projected, -1), taps, None if padding is None else padding.num_pad)
+            if states.shape[1] == taps:
+                # One token: a product and a sum cost a fifth of a convolution.
+                states = (states.float() * self.conv_weight[:, 0].mT.float()).sum(1, keepdim=True).to(states.dtype)
+                return states.split(channels, -1)
+            projected = states.split(channels, -1)
         else:
-            states = depthwise_conv(states, self.conv_weight, 0, 0)
-        return states.split(channels, -1)
+            behind = taps - 1 if self.config.is_causal else taps // 2
+            ahead = taps - 1 - behind
+        pairs = zip(projected, self.conv_weight.split(channels), strict=True)
+        return tuple(depthwise_conv(states, weight, behind, ahead) for states, weight in pairs)
 
     def _gates(self, hidden_states: torch.Tensor) -> dict[str, torch.Tensor]:
         """log_forget <= 0 and write_strength in (0, 1), (batch, kv_heads, seq), in float32."""

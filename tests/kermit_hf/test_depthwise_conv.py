@@ -111,3 +111,9 @@ def test_a_model_hands_heads_on_as_they_lie(monkeypatch):
     assert model.config.conv_kernel_size
     model(tokens(1, 40), use_cache=False)
     assert set(strides) == {1}
+
+
+@torch.no_grad()
+def test_a_cache_changes_no_bit():
+    model, input_ids = tiny_model("delta"), tokens(1, 70)
+    assert torch.equal(model(input_ids, use_cache=True).logits, model(input_ids, use_cache=False).logits)
