@@ -6,7 +6,6 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
 #include <cmath>
@@ -14,10 +13,12 @@
 #include <tuple>
 #include <utility>
 
+#include "tensors.h"
 #include "vector_tiles.h"
 
 namespace {
 
+using namespace tensors;
 using namespace tiles;
 using at::Tensor;
 
@@ -356,13 +357,6 @@ class Reader {
   Decays decays_;
 };
 
-// A tensor (batch, heads, seq, dim) that lies as (batch, seq, heads, dim).
-Tensor new_states(int64_t batch, int64_t heads, int64_t length, int64_t dims, const Tensor& like) {
-  const Tensor states = at::empty({batch, length, heads, dims}, like.options());
-  ask_for_huge_pages(states.data_ptr(), states.nbytes());
-  return states.transpose(1, 2);
-}
-
 // Shapes as in kernel_attention.py; keep (batch or 1, 1, seq) is zero at tokens that do not enter. Changes the memory, which is
 // contiguous. Returns numerator, divided by the denominator where `divide`, denominator and, where `keeps`, what `additive_backward`
 // wants: the memory before each span, (batch, kv_heads, spans, kept_size).
@@ -370,7 +364,7 @@ std::tuple<Tensor, Tensor, Tensor> additive_forward(const Tensor& query, const T
                                                     const std::optional<Tensor>& log_forget, const std::optional<Tensor>& keep,
                                                     Tensor matrix, Tensor normalizer, bool elu, bool divide, bool keeps) {
   const Sizes sizes(query, key, value);
-  const Tensor numerator = new_states(sizes.batch, sizes.heads, sizes.length, sizes.dims, query);
+  const Tensor numerator = empty_states(sizes.batch, sizes.heads, sizes.length, sizes.dims, query);
   const Tensor denominator = at::empty({sizes.batch, sizes.heads, sizes.length}, query.options());
   const Tensor memories = at::empty({sizes.batch, sizes.kv_heads, keeps ? sizes.spans() : 0, sizes.kept_size()}, query.options());
   const Reading reading{sizes,      elu,           divide, Tokens(query), Tokens(key), Tokens(value), tokens_of(log_forget),
@@ -632,14 +626,6 @@ class Differentiator {
   Decays decays_;
   int64_t start_ = 0, rows_ = 0;
 };
-
-// Laid out as the states, so that nobody copies it there, where their last axis is contiguous in a tensor of its own, too.
-Tensor empty_gradient(const Tensor& states) {
-  Tensor gradient = at::empty_like(states);
-  if (gradient.stride(3) != 1) gradient = at::empty(states.sizes(), states.options());
-  ask_for_huge_pages(gradient.data_ptr(), gradient.nbytes());
-  return gradient;
-}
 
 // Given also what `additive_forward` returned, and the gradients of these and of the last memory, None being zero. Changes
 // the latter, contiguous, into the gradients of the first memory. Returns those of query, key, value and log_forget.

@@ -19,10 +19,12 @@
 #include <utility>
 #include <vector>
 
+#include "tensors.h"
 #include "vector_tiles.h"
 
 namespace {
 
+using namespace tensors;
 using namespace tiles;
 
 // Longer chunks would need more work inside them, shorter ones more memories.
@@ -398,11 +400,6 @@ void carry(const Sizes& sizes, const Inputs& inputs, const Chunk& chunk, int64_t
   product_before(ahead, features, chunk.rows, dim, buffers.keys, CHUNK, 1, buffers.values, dim, buffers.memory, dim, true);
 }
 
-at::Tensor in_huge_pages(at::Tensor tensor) {
-  ask_for_huge_pages(tensor.data_ptr(), tensor.nbytes());
-  return tensor;
-}
-
 at::Tensor empty(at::IntArrayRef sizes, const at::Tensor& like) { return in_huge_pages(at::empty(sizes, like.options())); }
 
 void check(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value) {
@@ -667,8 +664,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
   TORCH_CHECK(memories.is_contiguous() && grad_last.is_contiguous(), "memories must be contiguous");
   const Sizes sizes(query, value);
   const int64_t features = sizes.features, head_dim = sizes.head_dim, memory_size = features * head_dim;
-  at::Tensor grad_query = in_huge_pages(at::empty_like(query)), grad_key = in_huge_pages(at::empty_like(key));
-  at::Tensor grad_value = in_huge_pages(at::empty_like(value));
+  at::Tensor grad_query = empty_gradient(query), grad_key = empty_gradient(key);
+  at::Tensor grad_value = empty_gradient(value);
   at::Tensor grad_strength = at::empty_like(strength), grad_first = at::empty_like(grad_last);
   at::Tensor grad_forget = log_forget.has_value() ? at::empty_like(*log_forget) : at::empty({0}, value.options());
 

@@ -9,10 +9,12 @@
 #include <cmath>
 #include <tuple>
 
+#include "tensors.h"
 #include "vector_tiles.h"
 
 namespace {
 
+using namespace tensors;
 using namespace tiles;
 using at::Tensor;
 
@@ -138,7 +140,7 @@ Tensor favor_backward(const Tensor& states, const Tensor& directions, const Tens
     TORCH_CHECK(rows->stride(3) == 1 || rows->size(3) == 1 || rows->numel() == 0, "rows have to be contiguous");
   const int64_t width = round_up(sizes.dims, UNIT);
   TORCH_CHECK(directions.is_contiguous() && directions.size(1) == width, "directions have to be padded and contiguous");
-  const Tensor grad_states = at::empty({sizes.batch, sizes.length, sizes.heads, sizes.dims}, states.options()).transpose(1, 2);
+  const Tensor grad_states = empty_states(sizes.batch, sizes.heads, sizes.length, sizes.dims, states);
   const float scale = 1.0f / std::sqrt(static_cast<float>(sizes.dims));
   sizes.for_tiles([&] {
     return [&, exponents = Scratch(TILE_ROWS * sizes.features), sums = Scratch(TILE_ROWS * width)](

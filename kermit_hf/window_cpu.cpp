@@ -11,10 +11,12 @@
 #include <optional>
 #include <tuple>
 
+#include "tensors.h"
 #include "window_tiles.h"
 
 namespace {
 
+using namespace tensors;
 using namespace window;
 
 // A block of queries with its running softmax: what of each query's scores has been taken up so far.
@@ -130,14 +132,6 @@ class Block {
   float largest_[BLOCK], total_[BLOCK];
 };
 
-// (batch, heads, seq, dim), which lies in memory as (batch, seq, heads, dim).
-at::Tensor empty_states(const at::Tensor& like) {
-  at::Tensor states =
-      at::empty({like.size(0), like.size(2), like.size(1), like.size(3)}, like.options()).transpose(1, 2);
-  ask_for_huge_pages(states.data_ptr(), states.nbytes());
-  return states;
-}
-
 // output (batch, heads, seq, dim); of each query the largest score, and its share, one divided by the sum of all
 // e^(score - largest), both (batch, heads, seq). scaling: of the scores of keys.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> window_forward(
@@ -149,7 +143,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> window_forward(
   const Inputs inputs{query, key, value, cos, sin, sink_keys, sink_values, far_value, far_logit, first_real};
   const Problem problem = inputs.describe(window, is_causal);
   const Parts parts(inputs, problem);
-  at::Tensor output = empty_states(query);
+  at::Tensor output = empty_states(problem.batch, problem.heads, problem.length, problem.dim, query);
   at::Tensor largest = at::empty({problem.batch, problem.heads, problem.length}, query.options());
   at::Tensor share = at::empty_like(largest);
   const Rows outputs(output), most(largest), shares(share);

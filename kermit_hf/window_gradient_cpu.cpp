@@ -2,16 +2,17 @@
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
 #include <optional>
 #include <tuple>
 
+#include "tensors.h"
 #include "window_tiles.h"
 
 namespace {
 
+using namespace tensors;
 using namespace window;
 
 // A block of queries on the way back: each weight is again e^(score - largest) * share.
@@ -139,17 +140,6 @@ class GradientBlock {
   Scratch queries_, query_columns_, grads_, grad_columns_, weights_, grad_scores_, grad_queries_;
   float largest_[BLOCK], share_[BLOCK], agreement_[BLOCK];
 };
-
-// As `like` lies in memory, if it is dense.
-at::Tensor empty_gradient(const at::Tensor& like) {
-  at::Tensor gradient = at::empty_like(like);
-  ask_for_huge_pages(gradient.data_ptr(), gradient.nbytes());
-  return gradient;
-}
-
-std::optional<at::Tensor> empty_gradient(const std::optional<at::Tensor>& like) {
-  return like ? std::optional(empty_gradient(*like)) : std::nullopt;
-}
 
 // Gradients of keys and values which belong to other spans than that of the queries they come from, until these are
 // done: (before, and without causality also after the span; tasks; keys and values; rows, dim).

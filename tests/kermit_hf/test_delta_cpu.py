@@ -320,3 +320,18 @@ def test_the_choice(backend, feature_map, expected):
     with kernel_backend(backend):
         kernel = backends.find_kernel("delta", maps.map_queries, maps.map_keys, states, states)
     assert (kernel and kernel.chunked.__name__) == expected
+
+
+def test_heads_may_lie_one_number_apart():
+    """As the coordinates of a token do: gradients of such a layout could be ordered either way."""
+    gates = torch.rand(1, 3, 70), -torch.rand(1, 3, 70)
+    overlapping = [torch.randn(70 * 16 + 2).as_strided((1, 3, 70, 16), (0, 1, 16, 1)) for _ in range(3)]
+    dense = [states.clone(memory_format=torch.contiguous_format) for states in overlapping]
+    weights, grads = torch.randn(1, 3, 70, 16), []
+    for states in (overlapping, dense):
+        leaves = [tensor.requires_grad_() for tensor in states]
+        grads.append(
+            torch.autograd.grad((delta_cpu.delta_silu_fused(*leaves, *gates).numerator * weights).sum(), leaves)
+        )
+    for result, target in zip(*grads, strict=True):
+        assert torch.equal(result, target)

@@ -193,6 +193,19 @@ def test_inputs_may_lie_in_any_way_in_memory(name):
             assert torch.equal(result, target)
 
 
+def test_heads_may_lie_one_number_apart():
+    """As the coordinates of a token do: gradients of such a layout could be ordered either way."""
+    case = Case(70, 70, 16, 9, heads=3, kv_heads=3)
+    tensors, _ = make_inputs(case)
+    overlapping = {
+        name: torch.randn(70 * 16 + 2).as_strided(tensor.shape, (0, 1, 16, 1)) for name, tensor in tensors.items()
+    }
+    dense = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in overlapping.items()}
+    results = run(attend_fused, overlapping, case, 0)
+    for result, target in zip(results, run(attend_fused, dense, case, 0), strict=True):
+        assert torch.equal(result, target)
+
+
 def test_the_gradient_of_a_plain_sum_is_taken_too():
     """It comes as one number, expanded."""
     case = CASES["everything"]
