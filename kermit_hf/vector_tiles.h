@@ -51,25 +51,32 @@ inline Vector smaller(Vector a, Vector b) { return a < b ? a : b; }
 
 inline int64_t round_up(int64_t count, int64_t unit = LANES) { return (count + unit - 1) / unit * unit; }
 
+// Lane `i` is that of `i` with one bit flipped.
+template <int64_t bit, int... lane>
+inline Vector flip_lanes(Vector vector, std::integer_sequence<int, lane...>) {
+#if defined(__clang__) || __GNUC__ >= 12
+  return __builtin_shufflevector(vector, vector, (lane ^ bit)...);
+#else
+  return __builtin_shuffle(vector, IntVector{(lane ^ bit)...});
+#endif
+}
+
 // Folds the lanes of a vector into one number, halves upon halves.
-template <int64_t lanes = LANES, class Operation>
-inline float fold(const float* numbers, Operation operation) {
-  if constexpr (lanes == 1) {
-    return numbers[0];
+template <int64_t half = LANES / 2, class Operation>
+inline float fold(Vector vector, Operation operation) {
+  if constexpr (half == 0) {
+    return vector[0];
   } else {
-    float half[lanes / 2];
-    for (int64_t lane = 0; lane < lanes / 2; lane++) half[lane] = operation(numbers[lane], numbers[lane + lanes / 2]);
-    return fold<lanes / 2>(half, operation);
+    const Vector other = flip_lanes<half>(vector, std::make_integer_sequence<int, LANES>());
+    return fold<half / 2>(operation(vector, other), operation);
   }
 }
 
 inline float sum_of(Vector vector) {
-  return fold(reinterpret_cast<const float*>(&vector), [](float a, float b) { return a + b; });
+  return fold(vector, [](Vector a, Vector b) { return a + b; });
 }
 
-inline float largest_of(Vector vector) {
-  return fold(reinterpret_cast<const float*>(&vector), [](float a, float b) { return a > b ? a : b; });
-}
+inline float largest_of(Vector vector) { return fold(vector, larger); }
 
 // exp of numbers up to 88, to about one unit in the last place; zero below -87, where floats become denormal.
 // 2^k exp(r) with |r| <= ln 2 / 2 and the polynomial of Cephes' expf (Moshier 1989) for exp(r).
@@ -92,15 +99,44 @@ inline Vector exponential(Vector x) {
   return x < -87.0f ? Vector{} : p * power;
 }
 
-template <int64_t rows, int64_t vectors>
+// What a product fetches while it computes: nothing.
+struct NoFetcher {
+  void fetch_line() {}
+};
+
+// Fetches a matrix (rows, width), whose rows lie `stride` apart, line by line into a core's second cache. Only so many lines can be
+// on the way, and many at once hold up other reading: a product asks for one at every second step.
+class Fetcher {
+ public:
+  Fetcher(int64_t rows, int64_t width, const float* from, int64_t stride)
+      : line_(from), end_(from + width), width_(width), stride_(stride), rows_(rows) {}
+
+  void fetch_line() {
+    if (rows_ <= 0) return;
+    __builtin_prefetch(line_, 0, 2);
+    line_ += LINE;
+    if (line_ < end_) return;
+    end_ += stride_;
+    line_ = end_ - width_;
+    rows_--;
+  }
+
+ private:
+  static constexpr int64_t LINE = 64 / sizeof(float);
+  const float *line_, *end_;
+  int64_t width_, stride_, rows_;
+};
+
+template <int64_t rows, int64_t vectors, class Fetch>
 inline void product_tile(int64_t depth, const float* a, int64_t a_row, int64_t a_column, const float* b, int64_t b_row,
-                         float* c, int64_t c_row, bool add) {
+                         float* c, int64_t c_row, bool add, Fetch& fetcher) {
   Vector sums[rows][vectors];
 #pragma GCC unroll 8
   for (int64_t i = 0; i < rows; i++)
 #pragma GCC unroll 4
     for (int64_t j = 0; j < vectors; j++) sums[i][j] = add ? load(c + i * c_row + j * LANES) : Vector{};
   for (int64_t k = 0; k < depth; k++) {
+    if (k % 2) fetcher.fetch_line();
     Vector columns[vectors];
 #pragma GCC unroll 4
     for (int64_t j = 0; j < vectors; j++) columns[j] = load(b + k * b_row + j * LANES);
@@ -117,29 +153,30 @@ inline void product_tile(int64_t depth, const float* a, int64_t a_row, int64_t a
     for (int64_t j = 0; j < vectors; j++) store(c + i * c_row + j * LANES, sums[i][j]);
 }
 
-template <int64_t rows>
+template <int64_t rows, class Fetch>
 inline void product_rows(int64_t depth, int64_t width, const float* a, int64_t a_row, int64_t a_column, const float* b,
-                         int64_t b_row, float* c, int64_t c_row, bool add) {
+                         int64_t b_row, float* c, int64_t c_row, bool add, Fetch& fetcher) {
   for (; width >= TILE_VECTORS * LANES; width -= TILE_VECTORS * LANES, b += TILE_VECTORS * LANES, c += TILE_VECTORS * LANES)
-    product_tile<rows, TILE_VECTORS>(depth, a, a_row, a_column, b, b_row, c, c_row, add);
+    product_tile<rows, TILE_VECTORS>(depth, a, a_row, a_column, b, b_row, c, c_row, add, fetcher);
   switch (width / LANES) {
-    case 3: return product_tile<rows, 3>(depth, a, a_row, a_column, b, b_row, c, c_row, add);
-    case 2: return product_tile<rows, 2>(depth, a, a_row, a_column, b, b_row, c, c_row, add);
-    case 1: return product_tile<rows, 1>(depth, a, a_row, a_column, b, b_row, c, c_row, add);
+    case 3: return product_tile<rows, 3>(depth, a, a_row, a_column, b, b_row, c, c_row, add, fetcher);
+    case 2: return product_tile<rows, 2>(depth, a, a_row, a_column, b, b_row, c, c_row, add, fetcher);
+    case 1: return product_tile<rows, 1>(depth, a, a_row, a_column, b, b_row, c, c_row, add, fetcher);
   }
 }
 
 // C (rows, width) = A (rows, depth) B (depth, width), or C += A B where `add`. Element (i, k) of A is a[i * a_row + k * a_column].
+template <class Fetch = NoFetcher>
 inline void product(int64_t rows, int64_t depth, int64_t width, const float* a, int64_t a_row, int64_t a_column,
-                    const float* b, int64_t b_row, float* c, int64_t c_row, bool add = false) {
+                    const float* b, int64_t b_row, float* c, int64_t c_row, bool add = false, Fetch fetcher = {}) {
   for (; rows >= TILE_ROWS; rows -= TILE_ROWS, a += TILE_ROWS * a_row, c += TILE_ROWS * c_row)
-    product_rows<TILE_ROWS>(depth, width, a, a_row, a_column, b, b_row, c, c_row, add);
+    product_rows<TILE_ROWS>(depth, width, a, a_row, a_column, b, b_row, c, c_row, add, fetcher);
   switch (rows) {
-    case 5: return product_rows<5>(depth, width, a, a_row, a_column, b, b_row, c, c_row, add);
-    case 4: return product_rows<4>(depth, width, a, a_row, a_column, b, b_row, c, c_row, add);
-    case 3: return product_rows<3>(depth, width, a, a_row, a_column, b, b_row, c, c_row, add);
-    case 2: return product_rows<2>(depth, width, a, a_row, a_column, b, b_row, c, c_row, add);
-    case 1: return product_rows<1>(depth, width, a, a_row, a_column, b, b_row, c, c_row, add);
+    case 5: return product_rows<5>(depth, width, a, a_row, a_column, b, b_row, c, c_row, add, fetcher);
+    case 4: return product_rows<4>(depth, width, a, a_row, a_column, b, b_row, c, c_row, add, fetcher);
+    case 3: return product_rows<3>(depth, width, a, a_row, a_column, b, b_row, c, c_row, add, fetcher);
+    case 2: return product_rows<2>(depth, width, a, a_row, a_column, b, b_row, c, c_row, add, fetcher);
+    case 1: return product_rows<1>(depth, width, a, a_row, a_column, b, b_row, c, c_row, add, fetcher);
   }
 }
 

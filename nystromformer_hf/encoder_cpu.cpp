@@ -99,20 +99,31 @@ void add_spans(const Sizes& sizes, const Tensor& parts, int64_t batch, int64_t h
     add_to(count, sum, head_of(parts, batch, head * sizes.spans + span).data);
 }
 
-// Softmax of each row of scores (rows, width), of which the first `count` are real, in place; the others become zero.
+// Softmax of each row of scores (rows, width), of which the first `count` are real, in place; the others become zero. A few rows at
+// a time, as each step has to wait for what the one before made of its row.
 void softmax_rows(int64_t rows, int64_t width, int64_t count, float* scores) {
-  for (int64_t i = 0; i < rows; i++) {
-    float* row = scores + i * width;
-    for (int64_t j = count; j < width; j++) row[j] = -std::numeric_limits<float>::infinity();
-    Vector largest = load(row), sum{};
-    for (int64_t j = LANES; j < width; j += LANES) largest = larger(largest, load(row + j));
-    const float maximum = largest_of(largest);
-    for (int64_t j = 0; j < width; j += LANES) {
-      const Vector weight = exponential(load(row + j) - maximum);
-      store(row + j, weight);
-      sum += weight;
+  constexpr int64_t GROUP = 8;
+  float numbers[GROUP];
+  for (; rows > 0; rows -= GROUP, scores += GROUP * width) {
+    const int64_t group = std::min(rows, GROUP);
+    for (int64_t i = 0; i < group; i++) {
+      float* row = scores + i * width;
+      for (int64_t j = count; j < width; j++) row[j] = -std::numeric_limits<float>::infinity();
+      Vector largest = load(row);
+      for (int64_t j = LANES; j < width; j += LANES) largest = larger(largest, load(row + j));
+      numbers[i] = largest_of(largest);
     }
-    scale_rows(width, row, 1 / sum_of(sum));
+    for (int64_t i = 0; i < group; i++) {
+      float* row = scores + i * width;
+      Vector sum{};
+      for (int64_t j = 0; j < width; j += LANES) {
+        const Vector weight = exponential(load(row + j) - numbers[i]);
+        store(row + j, weight);
+        sum += weight;
+      }
+      numbers[i] = 1 / sum_of(sum);
+    }
+    for (int64_t i = 0; i < group; i++) scale_rows(width, scores + i * width, numbers[i]);
   }
 }
 
@@ -260,32 +271,6 @@ void start_inverse(Square square, const float* matrix, float norm, float* invers
 
 // The convolution of the values.
 
-// A head's kernel with zeros around it, as a band matrix whose element (i, k) is kernel[k - i].
-class Band {
- public:
-  Band(const float* kernel, int64_t taps, bool flipped) : taps_(taps), padded_(taps + 2 * TILE_ROWS, 0.0f) {
-    for (int64_t j = 0; j < taps; j++) padded_[TILE_ROWS + j] = kernel[flipped ? taps - 1 - j : j];
-  }
-
-  // Adds the convolution to rows of `result`. Row t of it is sum_j kernel[j] states[t + j - before], zero outside of the states.
-  // Of these, `packed` holds those from `packed_from` to `packed_end` and needs no others.
-  void convolve(int64_t first, int64_t rows, int64_t before, const float* packed, int64_t packed_from, int64_t packed_end,
-                int64_t dim, float* result, int64_t stride) const {
-    for (int64_t i = 0; i < rows; i += TILE_ROWS) {
-      const int64_t token = first + i, height = std::min(TILE_ROWS, rows - i);
-      const int64_t from = std::max(token - before, packed_from);
-      const int64_t end = std::min(token - before + taps_ + height - 1, packed_end);
-      if (end <= from) continue;
-      const float* band = padded_.data() + TILE_ROWS + from - (token - before);
-      product(height, end - from, dim, band, -1, 1, packed + (from - packed_from) * dim, dim, result + i * stride, stride, true);
-    }
-  }
-
- private:
-  int64_t taps_;
-  std::vector<float> padded_;
-};
-
 // Which tokens a convolution of a block reads: those from `from` to `end`, which lie inside of the row's first `tokens`.
 struct Reach {
   int64_t from, end;
@@ -295,6 +280,29 @@ struct Reach {
 Reach reach_of(int64_t first, int64_t rows, int64_t before, int64_t taps, int64_t tokens) {
   return {std::max<int64_t>(first - before, 0), std::min(first - before + taps + rows - 1, tokens)};
 }
+
+// A head's kernel with zeros around it, as a band matrix whose element (i, k) is kernel[k - i].
+class Band {
+ public:
+  Band(const float* kernel, int64_t taps, bool flipped) : taps_(taps), padded_(taps + 2 * TILE_ROWS, 0.0f) {
+    for (int64_t j = 0; j < taps; j++) padded_[TILE_ROWS + j] = kernel[flipped ? taps - 1 - j : j];
+  }
+
+  // Adds the convolution to rows of `result`. Row t of it is sum_j kernel[j] states[t + j - before], of states within `reach`.
+  void convolve(int64_t first, int64_t rows, int64_t before, Head states, Reach reach, int64_t dim, Head result) const {
+    for (int64_t token = first; token < first + rows; token += TILE_ROWS) {
+      const int64_t height = std::min(TILE_ROWS, first + rows - token);
+      const int64_t from = std::max(token - before, reach.from), end = std::min(token - before + taps_ + height - 1, reach.end);
+      if (end <= from) continue;
+      const float* band = padded_.data() + TILE_ROWS + from - (token - before);
+      product(height, end - from, dim, band, -1, 1, states.row(from), states.stride, result.row(token), result.stride, true);
+    }
+  }
+
+ private:
+  int64_t taps_;
+  std::vector<float> padded_;
+};
 
 // sums[j] += sum_t grads[t] * states[t + j], for TAPS_AT_ONCE values of j and one vector's worth of columns; rows lie `stride` apart.
 void correlate(int64_t rows, const float* grads, const float* states, int64_t stride, Vector* sums) {
@@ -327,6 +335,11 @@ void pack_window(int64_t first, int64_t end, int64_t tokens, int64_t dim, Head s
   }
 }
 
+// Fetches of a span's states, up to row `end`, the block behind that of this token.
+Fetcher next_block(Head states, int64_t dim, int64_t token, int64_t end) {
+  return {std::min(BLOCK, end - token - BLOCK), dim, states.row(token + BLOCK), states.stride};
+}
+
 // Forward.
 
 // Partial softmax of landmarks' queries over the keys of a span: column maxima and sums, and the sum of values.
@@ -334,28 +347,39 @@ struct Pool {
   float *maximum, *sum, *values;
 };
 
+// Largest number of each of as many columns as a vector has lanes; in four chains, as each step waits for the one before.
+Vector largest_of_columns(int64_t rows, int64_t width, const float* columns) {
+  constexpr int64_t CHAINS = 4;
+  Vector largest[CHAINS];
+  for (int64_t i = 0; i < CHAINS; i++) largest[i] = load(columns + std::min(i, rows - 1) * width);
+  int64_t first = CHAINS;
+  for (; first + CHAINS <= rows; first += CHAINS)
+    for (int64_t i = 0; i < CHAINS; i++) largest[i] = larger(largest[i], load(columns + (first + i) * width));
+  for (; first < rows; first++) largest[0] = larger(largest[0], load(columns + first * width));
+  return larger(larger(largest[0], largest[1]), larger(largest[2], largest[3]));
+}
+
 // scores (rows, width): of the block's keys against all landmarks.
-void pool_block(const Sizes& sizes, int64_t rows, float* scores, const float* values, float* correction, Pool pool) {
+void pool_block(const Sizes& sizes, int64_t rows, float* scores, const float* values, float* correction, Pool pool,
+                Fetcher fetcher) {
   const int64_t width = sizes.width, dim = sizes.dim;
-  bool grown = false;
   for (int64_t j = 0; j < width; j += LANES) {
     const Vector before = load(pool.maximum + j);
-    Vector maximum = before, sum{};
-    for (int64_t i = 0; i < rows; i++) maximum = larger(maximum, load(scores + i * width + j));
+    const Vector maximum = larger(before, largest_of_columns(rows, width, scores + j));
+    Vector sum{};
     for (int64_t i = 0; i < rows; i++) {
       const Vector weight = exponential(load(scores + i * width + j) - maximum);
       store(scores + i * width + j, weight);
       sum += weight;
     }
     const Vector kept = exponential(before - maximum);
-    grown = grown || sum_of(kept) != static_cast<float>(LANES);
     store(correction + j, kept);
     store(pool.sum + j, load(pool.sum + j) * kept + sum);
     store(pool.maximum + j, maximum);
   }
-  if (grown)
-    for (int64_t l = 0; l < sizes.landmarks; l++) scale_rows(dim, pool.values + l * dim, correction[l]);
-  product(sizes.landmarks, rows, dim, scores, 1, width, values, dim, pool.values, dim, true);
+  for (int64_t l = 0; l < sizes.landmarks; l++)
+    if (correction[l] != 1.0f) scale_rows(dim, pool.values + l * dim, correction[l]);
+  product(sizes.landmarks, rows, dim, scores, 1, width, values, dim, pool.values, dim, true, fetcher);
 }
 
 void pool_span(const Sizes& sizes, int64_t first, int64_t end, Head key, Head value, const float* landmark_queries, Pool pool) {
@@ -367,9 +391,9 @@ void pool_span(const Sizes& sizes, int64_t first, int64_t end, Head key, Head va
   std::fill(pool.values, pool.values + sizes.landmarks * dim, 0.0f);
   for (int64_t token = first; token < end; token += BLOCK) {
     const int64_t rows = std::min(BLOCK, end - token);
-    product(rows, dim, width, key.row(token), key.stride, 1, queries, width, scores, width);
+    product(rows, dim, width, key.row(token), key.stride, 1, queries, width, scores, width, false, next_block(key, dim, token, end));
     pack(rows, dim, value.row(token), value.stride, values);
-    pool_block(sizes, rows, scores, values, correction, pool);
+    pool_block(sizes, rows, scores, values, correction, pool, next_block(value, dim, token, end));
   }
 }
 
@@ -394,17 +418,17 @@ void join_pools(const Sizes& sizes, const std::vector<Pool>& pools, float* poole
 void read_span(const Sizes& sizes, int64_t batch, int64_t first, int64_t end, Head query, Head value, const float* landmark_keys,
                const float* landmark_values, const Band* band, int64_t taps, Head output) {
   const int64_t width = sizes.width, dim = sizes.dim;
-  Scratch keys(dim * width), scores(BLOCK * width), values((BLOCK + taps) * dim);
+  Scratch keys(dim * width), scores(BLOCK * width);
   pack_transposed(sizes.landmarks, dim, landmark_keys, dim, sizes.scale, keys, width);
   for (int64_t token = first; token < end; token += BLOCK) {
     const int64_t rows = std::min(BLOCK, end - token);
-    product(rows, dim, width, query.row(token), query.stride, 1, keys, width, scores, width);
+    product(rows, dim, width, query.row(token), query.stride, 1, keys, width, scores, width, false, next_block(query, dim, token, end));
     softmax_rows(rows, width, sizes.landmarks, scores);
-    product(rows, sizes.landmarks, dim, scores, width, 1, landmark_values, dim, output.row(token), output.stride);
+    product(rows, sizes.landmarks, dim, scores, width, 1, landmark_values, dim, output.row(token), output.stride, false,
+            next_block(value, dim, token, end));
     if (!band) continue;
     const Reach reach = reach_of(token, rows, taps / 2, taps, sizes.real_tokens(batch));
-    pack(reach.rows(), dim, value.row(reach.from), value.stride, values);
-    band->convolve(token, rows, taps / 2, values, reach.from, reach.end, dim, output.row(token), output.stride);
+    band->convolve(token, rows, taps / 2, value, reach, dim, output);
   }
 }
 
@@ -486,9 +510,9 @@ void read_span_backward(const Sizes& sizes, int64_t first, int64_t end, Head que
     const int64_t rows = std::min(BLOCK, end - token);
     pack(rows, dim, query.row(token), query.stride, queries);
     pack(rows, dim, grad.row(token), grad.stride, grads);
-    product(rows, dim, width, queries, dim, 1, keys, width, weights, width);
+    product(rows, dim, width, queries, dim, 1, keys, width, weights, width, false, next_block(query, dim, token, end));
     softmax_rows(rows, width, landmarks, weights);
-    product(rows, dim, width, grads, dim, 1, values, width, grad_scores, width);
+    product(rows, dim, width, grads, dim, 1, values, width, grad_scores, width, false, next_block(grad, dim, token, end));
     product(landmarks, rows, dim, weights, 1, width, grads, dim, grad_values, dim, true);
     softmax_rows_backward(rows, width, weights, grad_scores, sizes.scale);
     product(rows, landmarks, dim, grad_scores, width, 1, landmark_keys, dim, grad_query.row(token), grad_query.stride);
@@ -516,8 +540,9 @@ void pool_span_backward(const Sizes& sizes, int64_t first, int64_t end, Head key
   for (int64_t token = first; token < end; token += BLOCK) {
     const int64_t rows = std::min(BLOCK, end - token);
     pack(rows, dim, key.row(token), key.stride, keys);
-    product(rows, dim, width, keys, dim, 1, queries, width, weights, width);
-    product(rows, dim, width, value.row(token), value.stride, 1, grads, width, grad_scores, width);
+    product(rows, dim, width, keys, dim, 1, queries, width, weights, width, false, next_block(key, dim, token, end));
+    product(rows, dim, width, value.row(token), value.stride, 1, grads, width, grad_scores, width, false,
+            next_block(value, dim, token, end));
     for (int64_t i = 0; i < rows * width; i += LANES) {
       const Vector weight = exponential(load(weights + i) - load(log_sums + i % width));
       store(weights + i, weight);
@@ -540,8 +565,7 @@ std::vector<float> convolve_span_backward(const Sizes& sizes, int64_t batch, int
     const int64_t rows = std::min(BLOCK, end - token), inside = std::min(rows, real - token);
     const Reach reach = reach_of(token, rows, after, taps, sizes.tokens);
     pack(reach.rows(), dim, grad.row(reach.from), grad.stride, grads);
-    if (inside > 0)
-      flipped.convolve(token, inside, after, grads, reach.from, reach.end, dim, grad_value.row(token), grad_value.stride);
+    if (inside > 0) flipped.convolve(token, inside, after, Head{grads - reach.from * dim, dim}, reach, dim, grad_value);
     pack_window(token - before, token - before + rows + groups - 1, real, dim, value, values);
     for (int64_t column = 0; column < dim; column += LANES)
       for (int64_t tap = 0; tap < groups; tap += TAPS_AT_ONCE)
