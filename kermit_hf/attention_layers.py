@@ -19,8 +19,9 @@ from transformers.utils.generic import maybe_autocast
 from .configuration_kermit import KermitConfig
 from .depthwise_conv import depthwise_conv
 from .feature_maps import FEATURE_MAPS
-from .kermit_attention import KermitAttentionOutput, Slots, first_tokens, kermit_attention
+from .kermit_attention import KermitAttentionOutput, kermit_attention
 from .padding import Padding
+from .slots import Slots, first_tokens
 
 
 class KermitSoftmaxAttention(nn.Module):

@@ -9,8 +9,8 @@ import torch
 from transformers import cache_utils
 from transformers.cache_utils import CacheLayerMixin
 
-from .kermit_attention import Slots, take_slots
 from .kernel_attention import KernelMemory
+from .slots import Slots, take_slots
 
 
 LAYER_TYPE = "kernel_attention"

@@ -6,8 +6,8 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
 from .cache_kermit import LAYER_TYPE
+from .far_field import UPDATE_RULES
 from .feature_maps import FEATURE_MAPS
-from .kermit_attention import UPDATE_RULES
 from .validation import at_least, multiple, raises_value_error
 
 

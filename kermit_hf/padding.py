@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from transformers.cache_utils import Cache
 
-from .kermit_attention import take_slots
+from .slots import take_slots
 
 
 class Padding(NamedTuple):

@@ -9,7 +9,8 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCach
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from kermit_hf import FEATURE_MAPS, KermitConfig, KermitForCausalLM, kernel_backend
-from kermit_hf.kermit_attention import Slots, first_tokens, kermit_attention
+from kermit_hf.kermit_attention import kermit_attention
+from kermit_hf.slots import Slots, first_tokens
 
 from . import peers, work
 from .compiled import compiled, with_compiled

@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from kermit_hf import FEATURE_MAPS, KermitConfig, KermitForCausalLM, KermitModel, kermit_attention
+from kermit_hf.slots import Slots, first_tokens
 from tests.kermit_hf import oracles
 
 
@@ -522,13 +523,13 @@ def test_tokens_that_may_be_taken_back_are_read_and_not_kept(rule, first_real, n
     gates = {"log_forget": -torch.rand(2, 2, 40).double()}
     if rule == "delta":
         gates["write_strength"] = torch.rand(2, 2, 40).double()
-    sinks = kermit_attention.first_tokens(keys, values, first_real, 2)
+    sinks = first_tokens(keys, values, first_real, 2)
     angles = torch.arange(40)[:, None] * torch.tensor([1.0, 0.1, 1.0, 0.1]).double()
 
     def attend(num_absorbed: int | None, explicit: bool = False, num_slots: int = 40):
         tokens = keys[:, :, :num_slots], values[:, :, :num_slots]
         cut = {name: gate[:, :, :num_slots] for name, gate in gates.items()}
-        slots = kermit_attention.Slots(*tokens, cut, first_real, *sinks, num_absorbed=num_absorbed)
+        slots = Slots(*tokens, cut, first_real, *sinks, num_absorbed=num_absorbed)
         maps, rotary = (feature_map.map_queries, feature_map.map_keys), (angles.cos(), angles.sin())
         options = {"far_norm": nn.Identity(), "explicit": explicit}
         queries = query[:, :, -num_slots:]
@@ -553,46 +554,6 @@ def test_a_batch_without_texts(rule):
         LENGTH,
         model.config.hidden_size,
     )
-
-
-class TestPartOfATensor:
-    """Its gradient meets that of the whole tensor in place: the same sums as autograd's."""
-
-    @pytest.mark.parametrize("uses", ["both", "part", "rest"])
-    def test_gradients_are_those_of_a_slice(self, uses):
-        tensor, weights = torch.randn(2, 3, 9, 4).requires_grad_(), torch.randn(2, 3, 9, 4)
-
-        def total(part: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
-            parts = {"part": (part.sin() * weights[:, :, 2:7]).sum(), "rest": (rest.square() * weights).sum()}
-            return sum(parts.values()) if uses == "both" else parts[uses]
-
-        taken = kermit_attention._TakePart.apply(tensor, 2, 7)
-        (grad,) = torch.autograd.grad(total(*taken), tensor)
-        (expected,) = torch.autograd.grad(total(tensor[:, :, 2:7], tensor), tensor)
-        assert relative_error(grad, expected) < 1e-6
-
-    def test_a_graph_that_is_kept_gives_the_same_gradient_again(self):
-        tensor = torch.randn(2, 3, 9, 4).requires_grad_()
-        part, rest = kermit_attention._TakePart.apply(tensor, 0, 5)
-        total = part.sin().sum() + rest.square().sum()
-        grads = [torch.autograd.grad(total, tensor, retain_graph=True)[0] for _ in range(2)]
-        assert torch.equal(*grads)
-
-
-def test_a_tiny_denominator_leaves_the_gradient_finite():
-    """The features of a long key are as small as e^-60: dividing by the square of their sum would overflow float32."""
-    numerator = torch.full((1, 1, 3, 4), 1e-21).requires_grad_()
-    denominator = torch.tensor([1e-21, 1e-25, 1.0]).view(1, 1, 3).requires_grad_()
-    far = kermit_attention.FarReadout(numerator, denominator, None, None, None)
-    value, logit = kermit_attention._virtual_token(far, kermit_attention._far_value(far, None), torch.zeros(1, 1, 3))
-    for gradient in torch.autograd.grad(value.sum() + logit.sum(), (numerator, denominator)):
-        assert torch.isfinite(gradient).all()
-
-
-def test_the_gradient_of_the_far_fields_division():
-    inputs = torch.randn(2, 3, 4).double().requires_grad_(), (torch.rand(2, 3, 1).double() + 0.1).requires_grad_()
-    assert torch.autograd.gradcheck(kermit_attention._Divide.apply, inputs)
-    assert torch.autograd.gradgradcheck(kermit_attention._Divide.apply, inputs)
 
 
 @pytest.mark.parametrize("padding", ["none", "left"])
