@@ -1,7 +1,9 @@
-// The additive rule in chunks, and its backward pass; the formulas are those of `additive_chunked` in kernel_attention.py.
+// The additive rule in chunks, and its backward pass; the formulas are those of `additive_chunked` in
+// kernel_attention.py.
 //
-// One key/value head after the other: explicit weights inside a chunk, and the memory S of everything before it, which stays in
-// the caches. The feature map elu(x) + 1 is taken while the tokens of a chunk are packed. Below, q and k are features.
+// One key/value head after the other: explicit weights inside a chunk, and the memory S of everything before it, which
+// stays in the caches. The feature map elu(x) + 1 is taken while the tokens of a chunk are packed. Below, q and k are
+// features.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -23,7 +25,8 @@ using namespace tiles;
 using at::Tensor;
 
 constexpr int64_t CHUNK = 48;
-// Chunks between two memories that the forward pass keeps: what the backward pass has of them stays in a core's second cache.
+// Chunks between two memories that the forward pass keeps: what the backward pass has of them stays in a core's second
+// cache.
 constexpr int64_t SPAN = 8;
 constexpr float MIN_LOG_DECAY = -40.0f;
 constexpr float MIN_DENOMINATOR = 1e-30f;
@@ -56,7 +59,8 @@ struct Sizes {
   int64_t kept_size() const { return extended_width * feature_width; }
 };
 
-// Tokens of a tensor (batch, heads, seq, dim) or (batch, heads, seq) of any strides but that of the last axis, which is one.
+// Tokens of a tensor (batch, heads, seq, dim) or (batch, heads, seq) of any strides but that of the last axis, which is
+// one.
 struct Tokens {
   float* data;
   int64_t batch, head, stride;
@@ -67,9 +71,9 @@ struct Tokens {
   float* at(int64_t b, int64_t h, int64_t token) const { return data + b * batch + h * head + token * stride; }
 };
 
-// Fetches TILE_ROWS tokens, or those of them that there are, while products are computed.
-void fetch(const Tokens& tokens, int64_t b, int64_t h, int64_t first, int64_t length, int64_t dims) {
-  if (first >= 0 && first < length) tiles::fetch(std::min(TILE_ROWS, length - first), dims, tokens.at(b, h, first), tokens.stride);
+// Fetches a chunk's tokens, or those of them that there are.
+Fetcher fetch_chunk(const Tokens& tokens, int64_t b, int64_t h, int64_t first, int64_t length, int64_t dims) {
+  return {first < 0 ? 0 : std::min(CHUNK, length - first), dims, tokens.at(b, h, first), tokens.stride};
 }
 
 std::optional<Tokens> tokens_of(const std::optional<Tensor>& tensor) {
@@ -78,8 +82,8 @@ std::optional<Tokens> tokens_of(const std::optional<Tensor>& tensor) {
 
 // Packing.
 
-// exp of numbers from -80 to 0, to about two units in the last place and in two thirds of the time of `exponential`: 2^k is added
-// to the exponent. A minimax polynomial of exp(r).
+// exp of numbers from -80 to 0, to about two units in the last place and in two thirds of the time of `exponential`:
+// 2^k is added to the exponent. A minimax polynomial of exp(r).
 Vector exponential_below_zero(Vector x) {
   const Vector shifted = x * 1.44269504f + 12582912.0f;
   const Vector k = shifted - 12582912.0f;
@@ -118,7 +122,8 @@ void pack_mapped(int64_t rows, int64_t width, const float* from, int64_t stride,
 }
 
 // The features of tokens, (rows, padded).
-void pack_features(bool elu, int64_t rows, int64_t features, const float* from, int64_t stride, float* to, int64_t padded) {
+void pack_features(bool elu, int64_t rows, int64_t features, const float* from, int64_t stride, float* to,
+                   int64_t padded) {
   if (elu)
     pack_mapped(rows, features, from, stride, to, padded, elu_plus_one);
   else
@@ -214,11 +219,13 @@ struct Decays {
   }
 };
 
-// Leaves of a tile of weights or their gradients, rows `first` to `last` and as many columns, what causality leaves, times decay.
+// Leaves of a tile of weights or their gradients, rows `first` to `last` and as many columns, what causality leaves,
+// times decay.
 void mask_future(int64_t first, int64_t last, float* weights, int64_t stride, const Decays* decays) {
   for (int64_t i = first; i < last; i++, weights += stride) {
     if (decays)
-      for (int64_t j = 0; j <= i; j += LANES) store(weights + j, load(weights + j) * load(decays->pairs + i * CHUNK + j));
+      for (int64_t j = 0; j <= i; j += LANES)
+        store(weights + j, load(weights + j) * load(decays->pairs + i * CHUNK + j));
     for (int64_t j = i / LANES * LANES; j < last; j += LANES)
       store(weights + j, COLUMNS.vector() <= static_cast<int32_t>(i - j) ? load(weights + j) : Vector{});
   }
@@ -257,8 +264,8 @@ class Reader {
         normalizer_(sizes_.feature_width),
         written_sums_(sizes_.feature_width) {}
 
-  // Takes the memory (features, dims) before the first token and leaves there that after the last one. Keeps, if anything, the
-  // memory before each span.
+  // Takes the memory (features, dims) before the first token and leaves there that after the last one. Keeps, if
+  // anything, the memory before each span.
   void run(int64_t b, int64_t h, float* matrix, float* normalizer, float* kept) {
     const int64_t features = sizes_.features, dims = sizes_.dims;
     std::fill_n(+read_, sizes_.feature_width * sizes_.value_width, 0.0f);
@@ -296,25 +303,27 @@ class Reader {
   // Numerators are products of one matrix with another: features and weights of the queries; the memory and the values.
   void read(int64_t b, int64_t h, int64_t group, int64_t start, int64_t rows) {
     const int64_t width = sizes_.feature_width, value_width = sizes_.value_width, head = h * sizes_.groups() + group;
-    pack_features(reading_.elu, rows, sizes_.features, reading_.query.at(b, head, start), reading_.query.stride, readers_,
-                  read_width_);
+    pack_features(reading_.elu, rows, sizes_.features, reading_.query.at(b, head, start), reading_.query.stride,
+                  readers_, read_width_);
+    Fetcher queries_ahead = fetch_chunk(reading_.query, b, head, start + CHUNK, sizes_.length, sizes_.features);
     for (int64_t i = 0; i < rows; i += TILE_ROWS) {
       const int64_t last = std::min(i + TILE_ROWS, rows);
       float *queries = readers_ + i * read_width_, *weights = queries + width;
-      product(last - i, width, round_up(last), queries, read_width_, 1, turned_keys_, CHUNK, weights, read_width_);
+      product(last - i, width, round_up(last), queries, read_width_, 1, turned_keys_, CHUNK, weights, read_width_,
+              false, queries_ahead);
       mask_future(i, last, weights, read_width_, decays());
       if (decays())
         for (int64_t j = i; j < last; j++) scale(width, decays_.in[j], readers_ + j * read_width_);
-      fetch(reading_.query, b, head, start + CHUNK + i, sizes_.length, sizes_.features);
     }
+    Fetcher keys_ahead =
+        fetch_chunk(reading_.key, b, h, group == 0 ? start + CHUNK : -1, sizes_.length, sizes_.features);
     for (int64_t i = 0; i < rows; i += TILE_ROWS) {
       const int64_t last = std::min(i + TILE_ROWS, rows);
-      product(last - i, width + last, value_width, readers_ + i * read_width_, read_width_, 1, read_, value_width, numerators_,
-              value_width);
+      product(last - i, width + last, value_width, readers_ + i * read_width_, read_width_, 1, read_, value_width,
+              numerators_, value_width, false, keys_ahead);
       for (int64_t j = i; j < last; j++)
         finish(j, numerators_ + (j - i) * value_width, reading_.numerator.at(b, head, start + j),
                reading_.denominator.at(b, head, start + j));
-      if (group == 0) fetch(reading_.key, b, h, start + CHUNK + i, sizes_.length, sizes_.features);
     }
   }
 
@@ -335,11 +344,12 @@ class Reader {
     if (decays())
       for (int64_t i = 0; i < rows; i++) scale(width, decays_.out[i], keys_ + i * width);
     const float decay = decays() ? decays_.all : 1.0f;
+    Fetcher values_ahead = fetch_chunk(reading_.value, b, h, start + CHUNK, sizes_.length, sizes_.dims);
     for (int64_t f = 0; f < width; f += TILE_ROWS) {
       const int64_t count = std::min(TILE_ROWS, width - f);
-      product(count, rows, value_width, keys_ + f, 1, width, values_, value_width, written_, value_width);
+      product(count, rows, value_width, keys_ + f, 1, width, values_, value_width, written_, value_width, false,
+              values_ahead);
       carry(count * value_width, decay, read_ + f * value_width, written_, read_ + f * value_width);
-      if (f < CHUNK) fetch(reading_.value, b, h, start + CHUNK + f, sizes_.length, sizes_.dims);
     }
     add_rows(rows, width, keys_, written_sums_);
     carry(width, decay, normalizer_, written_sums_, normalizer_);
@@ -357,18 +367,28 @@ class Reader {
   Decays decays_;
 };
 
-// Shapes as in kernel_attention.py; keep (batch or 1, 1, seq) is zero at tokens that do not enter. Changes the memory, which is
-// contiguous. Returns numerator, divided by the denominator where `divide`, denominator and, where `keeps`, what `additive_backward`
-// wants: the memory before each span, (batch, kv_heads, spans, kept_size).
+// Shapes as in kernel_attention.py; keep (batch or 1, 1, seq) is zero at tokens that do not enter. Changes the memory,
+// which is contiguous. Returns numerator, divided by the denominator where `divide`, denominator and, where `keeps`,
+// what `additive_backward` wants: the memory before each span, (batch, kv_heads, spans, kept_size).
 std::tuple<Tensor, Tensor, Tensor> additive_forward(const Tensor& query, const Tensor& key, const Tensor& value,
-                                                    const std::optional<Tensor>& log_forget, const std::optional<Tensor>& keep,
-                                                    Tensor matrix, Tensor normalizer, bool elu, bool divide, bool keeps) {
+                                                    const std::optional<Tensor>& log_forget,
+                                                    const std::optional<Tensor>& keep, Tensor matrix, Tensor normalizer,
+                                                    bool elu, bool divide, bool keeps) {
   const Sizes sizes(query, key, value);
   const Tensor numerator = empty_states(sizes.batch, sizes.heads, sizes.length, sizes.dims, query);
   const Tensor denominator = at::empty({sizes.batch, sizes.heads, sizes.length}, query.options());
-  const Tensor memories = at::empty({sizes.batch, sizes.kv_heads, keeps ? sizes.spans() : 0, sizes.kept_size()}, query.options());
-  const Reading reading{sizes,      elu,           divide, Tokens(query), Tokens(key), Tokens(value), tokens_of(log_forget),
-                        tokens_of(keep), Tokens(numerator), Tokens(denominator)};
+  const Tensor memories =
+      at::empty({sizes.batch, sizes.kv_heads, keeps ? sizes.spans() : 0, sizes.kept_size()}, query.options());
+  const Reading reading{sizes,
+                        elu,
+                        divide,
+                        Tokens(query),
+                        Tokens(key),
+                        Tokens(value),
+                        tokens_of(log_forget),
+                        tokens_of(keep),
+                        Tokens(numerator),
+                        Tokens(denominator)};
   float *matrices = matrix.data_ptr<float>(), *normalizers = normalizer.data_ptr<float>();
   float* kept = memories.data_ptr<float>();
   at::parallel_for(0, sizes.batch * sizes.kv_heads, 1, [&](int64_t begin, int64_t end) {
@@ -384,10 +404,10 @@ std::tuple<Tensor, Tensor, Tensor> additive_forward(const Tensor& query, const T
 
 // Backward.
 //
-// Memories are transposed here and have the normalizer as their last row, `dims` + 1 rows of features: what is written to them,
-// values with a one beside them, and the gradients of what is read, of a numerator with its denominator, are rows of one matrix.
-// In each span, the last one first, a sweep over its chunks has the memory before each, another one back gathers what later chunks
-// read.
+// Memories are transposed here and have the normalizer as their last row, `dims` + 1 rows of features: what is written
+// to them, values with a one beside them, and the gradients of what is read, of a numerator with its denominator, are
+// rows of one matrix. In each span, the last one first, a sweep over its chunks has the memory before each, another one
+// back gathers what later chunks read.
 
 struct Gradients {
   Reading reading;
@@ -420,8 +440,8 @@ class Differentiator {
         turned_grad_memory_(extended() * width()),
         written_(memory_size()) {}
 
-  // kept: the memory before each span. grad_matrix, grad_normalizer: gradient of the memory after the last token, replaced by that
-  // of the memory before the first.
+  // kept: the memory before each span. grad_matrix, grad_normalizer: gradient of the memory after the last token,
+  // replaced by that of the memory before the first.
   void run(int64_t b, int64_t h, const float* kept, float* grad_matrix, float* grad_normalizer) {
     std::fill_n(+grad_memory_, extended() * width(), 0.0f);
     unpack_memory(grad_matrix, grad_normalizer, grad_memory_);
@@ -512,12 +532,11 @@ class Differentiator {
     float sums[CHUNK] = {};
     if (decays()) sums[rows_ - 1] = dot(memory_size(), memory_after(), grad_memory_);
     for (int64_t group = 0; group < sizes_.groups(); group++) take_back_reader(b, h, group, sums);
-    for (int64_t i = 0; i < rows_; i += TILE_ROWS) {
-      finish_keys(b, h, i, std::min(TILE_ROWS, rows_ - i), sums);
-      // Of the span whose turn is next.
-      fetch(reading_.key, b, h, start_ - SPAN * CHUNK + i, sizes_.length, sizes_.features);
-      fetch(reading_.value, b, h, start_ - SPAN * CHUNK + i, sizes_.length, sizes_.dims);
-    }
+    // Of the span whose turn is next.
+    Fetcher keys_ahead = fetch_chunk(reading_.key, b, h, start_ - SPAN * CHUNK, sizes_.length, sizes_.features);
+    Fetcher values_ahead = fetch_chunk(reading_.value, b, h, start_ - SPAN * CHUNK, sizes_.length, sizes_.dims);
+    for (int64_t i = 0; i < rows_; i += TILE_ROWS)
+      finish_keys(b, h, i, std::min(TILE_ROWS, rows_ - i), sums, keys_ahead, values_ahead);
     if (decays()) finish_gates(b, h, sums);
     carry(memory_size(), decays() ? decays_.all : 1.0f, grad_memory_, written_, grad_memory_);
   }
@@ -525,33 +544,40 @@ class Differentiator {
   void take_back_reader(int64_t b, int64_t h, int64_t group, float* sums) {
     const int64_t dims = sizes_.dims, head = h * sizes_.groups() + group;
     const bool add = group > 0;
-    pack_features(reading_.elu, rows_, sizes_.features, reading_.query.at(b, head, start_), reading_.query.stride, queries_,
-                  width());
+    pack_features(reading_.elu, rows_, sizes_.features, reading_.query.at(b, head, start_), reading_.query.stride,
+                  queries_, width());
     for (int64_t i = 0; i < rows_; i++) take_gradients(b, head, i, grads_ + i * extended());
+    Fetcher queries_ahead = fetch_chunk(reading_.query, b, head, start_ - CHUNK, sizes_.length, sizes_.features);
+    Fetcher read_ahead =
+        fetch_chunk(reading_.numerator, b, head, reading_.divide ? start_ - CHUNK : -1, sizes_.length, dims);
     for (int64_t i = 0; i < rows_; i += TILE_ROWS) {
       const int64_t last = std::min(i + TILE_ROWS, rows_), columns = round_up(last);
       float *weights = weights_ + i * CHUNK, *grad_weights = grad_weights_ + i * CHUNK;
-      product(last - i, width(), columns, queries_ + i * width(), width(), 1, turned_keys_, CHUNK, weights, CHUNK);
+      product(last - i, width(), columns, queries_ + i * width(), width(), 1, turned_keys_, CHUNK, weights, CHUNK,
+              false, queries_ahead);
       mask_future(i, last, weights, CHUNK, decays());
-      product(last - i, dims + 1, columns, grads_ + i * extended(), extended(), 1, turned_values_, CHUNK, grad_weights, CHUNK);
+      product(last - i, dims + 1, columns, grads_ + i * extended(), extended(), 1, turned_values_, CHUNK, grad_weights,
+              CHUNK, false, read_ahead);
       mask_future(i, last, grad_weights, CHUNK, decays());
-      fetch(reading_.query, b, head, start_ - CHUNK + i, sizes_.length, sizes_.features);
-      if (reading_.divide) fetch(reading_.numerator, b, head, start_ - CHUNK + i, sizes_.length, sizes_.dims);
     }
+    const Tokens& gradients = gradients_.read_gradient ? *gradients_.read_gradient : reading_.numerator;
+    Fetcher gradients_ahead =
+        fetch_chunk(gradients, b, head, gradients_.read_gradient ? start_ - CHUNK : -1, sizes_.length, dims);
     for (int64_t j = 0; j < rows_; j += TILE_ROWS) {
       const int64_t count = std::min(TILE_ROWS, rows_ - j), corner = j * CHUNK + j;
       product(count, rows_ - j, width(), grad_weights_ + corner, 1, CHUNK, queries_ + j * width(), width(),
               grad_keys_ + j * width(), width(), add);
       product(count, rows_ - j, sizes_.value_width, weights_ + corner, 1, CHUNK, grads_ + j * extended(), extended(),
-              grad_values_ + j * sizes_.value_width, sizes_.value_width, add);
-      if (gradients_.read_gradient) fetch(*gradients_.read_gradient, b, head, start_ - CHUNK + j, sizes_.length, sizes_.dims);
+              grad_values_ + j * sizes_.value_width, sizes_.value_width, add, gradients_ahead);
     }
     if (decays())
       for (int64_t i = 0; i < rows_; i++) scale(extended(), decays_.in[i], grads_ + i * extended());
     for (int64_t i = 0; i < rows_; i += TILE_ROWS) {
       const int64_t count = std::min(TILE_ROWS, rows_ - i);
-      product(count, dims + 1, width(), grads_ + i * extended(), extended(), 1, memory_, width(), grad_queries_, width());
-      product(count, i + count, width(), grad_weights_ + i * CHUNK, CHUNK, 1, keys_, width(), grad_queries_, width(), true);
+      product(count, dims + 1, width(), grads_ + i * extended(), extended(), 1, memory_, width(), grad_queries_,
+              width());
+      product(count, i + count, width(), grad_weights_ + i * CHUNK, CHUNK, 1, keys_, width(), grad_queries_, width(),
+              true);
       for (int64_t j = i; j < i + count; j++) {
         float *grad = grad_queries_ + (j - i) * width(), *query = queries_ + j * width();
         if (decays()) sums[j] += dot(width(), grad, query);
@@ -575,19 +601,21 @@ class Differentiator {
       const float denominator = *reading_.denominator.at(b, head, start_ + i);
       const Vector factor = fill(1.0f / std::max(denominator, MIN_DENOMINATOR));
       pack_mapped(1, dims, grad, 0, to, extended(), [=](Vector x) { return x * factor; });
-      if (denominator > MIN_DENOMINATOR) grad_denominator -= unpadded_dot(dims, to, reading_.numerator.at(b, head, start_ + i));
+      if (denominator > MIN_DENOMINATOR)
+        grad_denominator -= unpadded_dot(dims, to, reading_.numerator.at(b, head, start_ + i));
     }
     to[dims] = grad_denominator;
   }
 
   // Adds what later chunks read of these tokens.
-  void finish_keys(int64_t b, int64_t h, int64_t first, int64_t count, float* sums) {
+  void finish_keys(int64_t b, int64_t h, int64_t first, int64_t count, float* sums, Fetcher& keys_ahead,
+                   Fetcher& values_ahead) {
     const int64_t value_width = sizes_.value_width;
     float *grad_keys = grad_keys_ + first * width(), *grad_values = grad_values_ + first * value_width;
-    product(count, sizes_.dims + 1, width(), decayed_values() + first * extended(), extended(), 1, grad_memory_, width(), grad_keys,
-            width(), true);
-    product(count, width(), value_width, decayed_keys() + first * width(), width(), 1, turned_grad_memory_, extended(), grad_values,
-            value_width, true);
+    product(count, sizes_.dims + 1, width(), decayed_values() + first * extended(), extended(), 1, grad_memory_,
+            width(), grad_keys, width(), true, keys_ahead);
+    product(count, width(), value_width, decayed_keys() + first * width(), width(), 1, turned_grad_memory_, extended(),
+            grad_values, value_width, true, values_ahead);
     for (int64_t i = first; i < first + count; i++, grad_keys += width(), grad_values += value_width) {
       const float* key = keys_ + i * width();
       if (decays()) sums[i] -= dot(width(), grad_keys, key);
@@ -596,7 +624,8 @@ class Differentiator {
     }
   }
 
-  // Through the feature map, whose derivative is min(feature, 1) for elu(x) + 1, also where padding made the feature zero.
+  // Through the feature map, whose derivative is min(feature, 1) for elu(x) + 1, also where padding made the feature
+  // zero.
   void finish_features(float* grad, const float* features, float* to) const {
     for (int64_t f = 0; reading_.elu && f < width(); f += LANES) {
       store(grad + f, load(grad + f) * smaller(fill(1.0f), load(features + f)));
@@ -627,21 +656,31 @@ class Differentiator {
   int64_t start_ = 0, rows_ = 0;
 };
 
-// Given also what `additive_forward` returned, and the gradients of these and of the last memory, None being zero. Changes
-// the latter, contiguous, into the gradients of the first memory. Returns those of query, key, value and log_forget.
+// Given also what `additive_forward` returned, and the gradients of these and of the last memory, None being zero.
+// Changes the latter, contiguous, into the gradients of the first memory. Returns those of query, key, value and
+// log_forget.
 std::tuple<Tensor, Tensor, Tensor, std::optional<Tensor>> additive_backward(
     const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& log_forget,
     const std::optional<Tensor>& keep, const Tensor& numerator, const Tensor& denominator, const Tensor& memories,
-    const std::optional<Tensor>& grad_numerator, const std::optional<Tensor>& grad_denominator,
-    Tensor grad_matrix, Tensor grad_normalizer, bool elu, bool divide) {
+    const std::optional<Tensor>& grad_numerator, const std::optional<Tensor>& grad_denominator, Tensor grad_matrix,
+    Tensor grad_normalizer, bool elu, bool divide) {
   const Sizes sizes(query, key, value);
   const Tensor grad_query = empty_gradient(query), grad_key = empty_gradient(key), grad_value = empty_gradient(value);
   std::optional<Tensor> grad_log_forget;
   if (log_forget) grad_log_forget = at::empty({sizes.batch, sizes.kv_heads, sizes.length}, query.options());
-  const Reading reading{sizes,      elu,           divide, Tokens(query), Tokens(key), Tokens(value), tokens_of(log_forget),
-                        tokens_of(keep), Tokens(numerator), Tokens(denominator)};
-  const Gradients gradients{reading,          tokens_of(grad_numerator), tokens_of(grad_denominator), Tokens(grad_query),
-                            Tokens(grad_key), Tokens(grad_value),        tokens_of(grad_log_forget)};
+  const Reading reading{sizes,
+                        elu,
+                        divide,
+                        Tokens(query),
+                        Tokens(key),
+                        Tokens(value),
+                        tokens_of(log_forget),
+                        tokens_of(keep),
+                        Tokens(numerator),
+                        Tokens(denominator)};
+  const Gradients gradients{
+      reading,          tokens_of(grad_numerator), tokens_of(grad_denominator), Tokens(grad_query),
+      Tokens(grad_key), Tokens(grad_value),        tokens_of(grad_log_forget)};
   const float* kept = memories.data_ptr<float>();
   float *grad_matrices = grad_matrix.data_ptr<float>(), *grad_normalizers = grad_normalizer.data_ptr<float>();
   at::parallel_for(0, sizes.batch * sizes.kv_heads, 1, [&](int64_t begin, int64_t end) {

@@ -1,11 +1,11 @@
-// The delta rule in chunks, forward and backward: `_DeltaChunks` of kernel_attention.py, with everything about a chunk of one
-// head in a core's caches. Notation as there; states are float32, (batch, heads, seq, dim).
+// The delta rule in chunks, forward and backward: `_DeltaChunks` of kernel_attention.py, with everything about a chunk
+// of one head in a core's caches. Notation as there; states are float32, (batch, heads, seq, dim).
 //
-// The corrections u of a chunk solve (I + A) u = b (v - decay_in k^T S), A[i, j] = b_i (k_i . k_j) decay[i, j] for j < i. One
-// head goes from chunk to chunk anyway, so the system is solved for these values alone, not for all memories S at once.
+// The corrections u of a chunk solve (I + A) u = b (v - decay_in k^T S), A[i, j] = b_i (k_i . k_j) decay[i, j] for j <
+// i. One head goes from chunk to chunk anyway, so the system is solved for these values alone, not for all memories S
+// at once.
 //
 // Triangular matrices, rows CHUNK apart, hold blocks on and below the diagonal only; what is above them is never read.
-
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -29,13 +29,15 @@ using namespace tiles;
 
 // Longer chunks would need more work inside them, shorter ones more memories.
 constexpr int64_t CHUNK = 32, BLOCK = 16;
-// Chunks between two memories that the forward pass keeps: what the backward pass has of them stays in a core's second cache.
+// Chunks between two memories that the forward pass keeps: what the backward pass has of them stays in a core's second
+// cache.
 constexpr int64_t SPAN = 8;
 // Decays below exp(MIN_LOG_DECAY) are dropped, as in kernel_attention.py.
 constexpr float MIN_LOG_DECAY = -40.0f;
 constexpr float MIN_NORM = 1e-12f;
 
-// A tensor (batch, heads, seq) or (batch, heads, seq, dim), the last axis of the latter contiguous; absent if not defined.
+// A tensor (batch, heads, seq) or (batch, heads, seq, dim), the last axis of the latter contiguous; absent if not
+// defined.
 struct Tokens {
   float* data = nullptr;
   int64_t batch = 0, head = 0, token = 0;
@@ -54,7 +56,11 @@ struct Sizes {
   int64_t batch, heads, kv_heads, length, features, head_dim;
 
   Sizes(const at::Tensor& query, const at::Tensor& value)
-      : batch(query.size(0)), heads(query.size(1)), kv_heads(value.size(1)), length(query.size(2)), features(query.size(3)),
+      : batch(query.size(0)),
+        heads(query.size(1)),
+        kv_heads(value.size(1)),
+        length(query.size(2)),
+        features(query.size(3)),
         head_dim(value.size(3)) {}
   int64_t groups() const { return heads / kv_heads; }
   int64_t chunks() const { return (length + CHUNK - 1) / CHUNK; }
@@ -64,13 +70,15 @@ struct Sizes {
   int64_t wide_memory() const { return wide_features() * wide_dim(); }
 };
 
-// Which tokens: `count` of them from `start` on, in `rows` rows, those beyond `count` zero. next: where the chunk starts whose
-// turn is next, negative if there is none or not a whole one.
+// Which tokens: `count` of them from `start` on, in `rows` rows, those beyond `count` zero. next: where the chunk
+// starts whose turn is next, negative if there is none or not a whole one.
 struct Chunk {
   int64_t start, count, rows, next;
 
   Chunk(int64_t index, int64_t step, int64_t length)
-      : start(index * CHUNK), count(std::min(CHUNK, length - start)), rows(round_up(count, BLOCK)),
+      : start(index * CHUNK),
+        count(std::min(CHUNK, length - start)),
+        rows(round_up(count, BLOCK)),
         next(start + (step + 1) * CHUNK <= length ? start + step * CHUNK : -1) {}
 };
 
@@ -121,25 +129,9 @@ void row_products(int64_t rows, int64_t width, const float* a, const float* b, f
   }
 }
 
-// Tokens that a later chunk reads, from `start` on; none if it is negative.
-struct Ahead {
-  const Tokens& tokens;
-  int64_t start, batch, head, width;
-
-  // Those beside rows `first` to `first` + TILE_ROWS of this chunk.
-  void fetch_rows(int64_t first) const {
-    if (start < 0 || first >= CHUNK) return;
-    fetch(std::min(TILE_ROWS, CHUNK - first), width, tokens.at(batch, head, start + first), tokens.token);
-  }
-};
-
-// A product during which these are fetched.
-inline void product_before(const Ahead& ahead, int64_t rows, int64_t depth, int64_t width, const float* a, int64_t a_row,
-                           int64_t a_column, const float* b, int64_t b_row, float* c, int64_t c_row, bool add = false) {
-  for (int64_t i = 0; i < rows; i += TILE_ROWS) {
-    product(std::min(TILE_ROWS, rows - i), depth, width, a + i * a_row, a_row, a_column, b, b_row, c + i * c_row, c_row, add);
-    ahead.fetch_rows(i);
-  }
+// Fetches the tokens of a later chunk that begins at `start`; none if it is negative.
+Fetcher fetch_chunk(const Tokens& tokens, int64_t start, int64_t batch, int64_t head, int64_t width) {
+  return {start < 0 ? 0 : CHUNK, width, tokens.at(batch, head, start), tokens.token};
 }
 
 // Products with triangular matrices.
@@ -218,8 +210,8 @@ void solve_transposed(int64_t rows, int64_t width, const float* lower, float* x)
 
 // Gates.
 
-// Decays inside a chunk: in[i] from its start up to and with i, out[j] after j to its end, all of it; between (lower): from
-// after j up to and with i, zero above the diagonal. strength: b.
+// Decays inside a chunk: in[i] from its start up to and with i, out[j] after j to its end, all of it; between (lower):
+// from after j up to and with i, zero above the diagonal. strength: b.
 struct Gates {
   float strength[CHUNK], in[CHUNK], out[CHUNK], all;
   alignas(64) float between[CHUNK * CHUNK];
@@ -323,8 +315,13 @@ struct ForwardBuffers {
   Gates gates;
 
   ForwardBuffers(int64_t features, int64_t dim)
-      : states(CHUNK * features), keys(features * CHUNK), values(CHUNK * dim), written(CHUNK * dim),
-        weights(CHUNK * CHUNK), system(CHUNK * CHUNK), memory(features * dim) {}
+      : states(CHUNK * features),
+        keys(features * CHUNK),
+        values(CHUNK * dim),
+        written(CHUNK * dim),
+        weights(CHUNK * CHUNK),
+        system(CHUNK * CHUNK),
+        memory(features * dim) {}
 };
 
 struct Inputs {
@@ -336,7 +333,8 @@ struct Inputs {
     load_rows(tokens, chunk, batch, head, width, to);
     if (maps) map_rows(chunk.rows, round_up(width), to, inverse_norms);
   }
-  // Stores the gradient of features as that of queries or keys; both gradient and scratch, (rows, width), are overwritten.
+  // Stores the gradient of features as that of queries or keys; both gradient and scratch, (rows, width), are
+  // overwritten.
   void store_gradient(const Tokens& tokens, const Tokens& to, const Chunk& chunk, int64_t batch, int64_t head,
                       int64_t width, const float* features, const float* inverse_norms, float* gradient,
                       float* scratch) const {
@@ -366,8 +364,8 @@ void write_chunk(const Sizes& sizes, const Inputs& inputs, const Chunk& chunk, i
   decay_lower(rows, gates.between, gates.strength, -1.0f, buffers.system);
 
   load_rows(inputs.value, chunk, batch, head, sizes.head_dim, buffers.values);
-  const Ahead ahead{inputs.value, chunk.next, batch, head, sizes.head_dim};
-  product_before(ahead, rows, features, dim, buffers.states, features, 1, buffers.memory, dim, buffers.written, dim);
+  product(rows, features, dim, buffers.states, features, 1, buffers.memory, dim, buffers.written, dim, false,
+          fetch_chunk(inputs.value, chunk.next, batch, head, sizes.head_dim));
   for (int64_t i = 0; i < rows; i++)
     for (int64_t j = 0; j < dim; j += LANES) {
       float* at = buffers.written + i * dim + j;
@@ -384,35 +382,39 @@ void read_chunk(const Sizes& sizes, const Inputs& inputs, const Chunk& chunk, in
   inputs.load_states(inputs.query, chunk, batch, query_head, sizes.features, buffers.states, inverse_norms);
   product_to_lower(rows, features, buffers.states, features, 1, buffers.keys, buffers.weights);
   decay_lower(rows, buffers.gates.between, nullptr, 1.0f, buffers.weights);
-  const Ahead ahead{inputs.query, chunk.next, batch, query_head, sizes.features};
-  product_before(ahead, rows, features, dim, buffers.states, features, 1, buffers.memory, dim, buffers.values, dim);
+  product(rows, features, dim, buffers.states, features, 1, buffers.memory, dim, buffers.values, dim, false,
+          fetch_chunk(inputs.query, chunk.next, batch, query_head, sizes.features));
   scale_rows(rows, dim, buffers.gates.in, 1.0f, buffers.values, buffers.values);
   add_lower_product(rows, dim, buffers.weights, buffers.written, buffers.values);
 }
 
 // S = decay_all S + (decay_out K)^T u.
-void carry(const Sizes& sizes, const Inputs& inputs, const Chunk& chunk, int64_t batch, int64_t head, ForwardBuffers& buffers) {
+void carry(const Sizes& sizes, const Inputs& inputs, const Chunk& chunk, int64_t batch, int64_t head,
+           ForwardBuffers& buffers) {
   const int64_t features = sizes.wide_features(), dim = sizes.wide_dim();
   scale_rows(chunk.rows, dim, buffers.gates.out, 1.0f, buffers.written, buffers.values);
   for (int64_t i = 0; i < features * dim; i += LANES)
     store(buffers.memory + i, buffers.gates.all * load(buffers.memory + i));
-  const Ahead ahead{inputs.key, chunk.next, batch, head, sizes.features};
-  product_before(ahead, features, chunk.rows, dim, buffers.keys, CHUNK, 1, buffers.values, dim, buffers.memory, dim, true);
+  product(features, chunk.rows, dim, buffers.keys, CHUNK, 1, buffers.values, dim, buffers.memory, dim, true,
+          fetch_chunk(inputs.key, chunk.next, batch, head, sizes.features));
 }
 
-at::Tensor empty(at::IntArrayRef sizes, const at::Tensor& like) { return in_huge_pages(at::empty(sizes, like.options())); }
+at::Tensor empty(at::IntArrayRef sizes, const at::Tensor& like) {
+  return in_huge_pages(at::empty(sizes, like.options()));
+}
 
 void check(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value) {
   for (const at::Tensor* tensor : {&query, &key, &value}) {
     TORCH_CHECK(tensor->dim() == 4 && tensor->scalar_type() == at::kFloat, "states must be float32 with four axes");
     // The strides of an empty tensor, or of an axis of one entry, say nothing.
-    TORCH_CHECK(tensor->stride(3) == 1 || tensor->size(3) == 1 || tensor->numel() == 0, "the last axis of states must be contiguous");
+    TORCH_CHECK(tensor->stride(3) == 1 || tensor->size(3) == 1 || tensor->numel() == 0,
+                "the last axis of states must be contiguous");
   }
   TORCH_CHECK(key.size(1) > 0 && query.size(1) % key.size(1) == 0, "heads must be a multiple of kv_heads");
 }
 
-// Numerator and last memory; where `keeps`, also what `delta_backward` wants: the memory before each span, (batch, kv_heads, spans,
-// wide_memory), and the corrections, (batch, kv_heads, seq, head_dim).
+// Numerator and last memory; where `keeps`, also what `delta_backward` wants: the memory before each span, (batch,
+// kv_heads, spans, wide_memory), and the corrections, (batch, kv_heads, seq, head_dim).
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> delta_forward(
     const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const at::Tensor& strength,
     const std::optional<at::Tensor>& log_forget, const std::optional<at::Tensor>& first, bool maps, bool keeps) {
@@ -424,8 +426,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> delta_forward(
   at::Tensor memories = empty({sizes.batch, sizes.kv_heads, keeps ? sizes.spans() : 0, sizes.wide_memory()}, value);
   at::Tensor written = empty({sizes.batch, sizes.kv_heads, keeps ? sizes.length : 0, head_dim}, value);
 
-  const Inputs inputs{Tokens(query), Tokens(key), Tokens(value), Tokens(strength),
-                      Tokens(log_forget.value_or(at::Tensor())), maps};
+  const Inputs inputs{
+      Tokens(query), Tokens(key), Tokens(value), Tokens(strength), Tokens(log_forget.value_or(at::Tensor())), maps};
   const Tokens outputs(numerator), corrections(written);
   const float* initial = first.has_value() ? first->data_ptr<float>() : nullptr;
   float* final = last.data_ptr<float>();
@@ -437,12 +439,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> delta_forward(
     for (int64_t memory = begin; memory < end; memory++) {
       const int64_t batch = memory / sizes.kv_heads, head = memory % sizes.kv_heads;
       std::fill(buffers.memory + 0, buffers.memory + wide_features * dim, 0.0f);
-      if (initial != nullptr)
-        unpack(features, head_dim, head_dim, initial + memory * memory_size, buffers.memory, dim);
+      if (initial != nullptr) unpack(features, head_dim, head_dim, initial + memory * memory_size, buffers.memory, dim);
       for (int64_t index = 0; index < sizes.chunks(); index++) {
         const Chunk chunk(index, 1, sizes.length);
         if (keeps && index % SPAN == 0)
-          std::copy_n(+buffers.memory, sizes.wide_memory(), kept + (memory * sizes.spans() + index / SPAN) * sizes.wide_memory());
+          std::copy_n(+buffers.memory, sizes.wide_memory(),
+                      kept + (memory * sizes.spans() + index / SPAN) * sizes.wide_memory());
         write_chunk(sizes, inputs, chunk, batch, head, buffers);
         if (keeps)
           unpack(chunk.count, head_dim, dim, buffers.written, corrections.at(batch, head, chunk.start), head_dim);
@@ -477,11 +479,21 @@ struct BackwardBuffers {
   float grad_strength[CHUNK], grad_sums[CHUNK];
 
   BackwardBuffers(int64_t features, int64_t dim)
-      : all_keys(SPAN * CHUNK * features), memories((SPAN + 1) * features * dim), keys_transposed(features * CHUNK),
-        queries(CHUNK * features), written_transposed(dim * CHUNK), memory_transposed(dim * features),
-        gradient_transposed(dim * features), grad_numerator(CHUNK * dim), grad_memory(features * dim),
-        grad_written(CHUNK * dim), grad_query(CHUNK * features), grad_key(CHUNK * features),
-        scaled(CHUNK * std::max(features, dim)), weights(CHUNK * CHUNK), grad_scores(CHUNK * CHUNK),
+      : all_keys(SPAN * CHUNK * features),
+        memories((SPAN + 1) * features * dim),
+        keys_transposed(features * CHUNK),
+        queries(CHUNK * features),
+        written_transposed(dim * CHUNK),
+        memory_transposed(dim * features),
+        gradient_transposed(dim * features),
+        grad_numerator(CHUNK * dim),
+        grad_memory(features * dim),
+        grad_written(CHUNK * dim),
+        grad_query(CHUNK * features),
+        grad_key(CHUNK * features),
+        scaled(CHUNK * std::max(features, dim)),
+        weights(CHUNK * CHUNK),
+        grad_scores(CHUNK * CHUNK),
         system(CHUNK * CHUNK) {}
 
   // Chooses a chunk of the span.
@@ -531,13 +543,12 @@ void start_chunk(const Sizes& sizes, const Inputs& inputs, const Tokens& written
   transpose(features, dim, buffers.memory, dim, buffers.memory_transposed, features);
   transpose(features, dim, buffers.grad_memory, dim, buffers.gradient_transposed, features);
 
-  const Ahead next_values{inputs.value, chunk.next, batch, head, sizes.head_dim};
-  product_before(next_values, rows, dim, features, buffers.scaled, dim, 1, buffers.gradient_transposed, features,
-                 buffers.grad_key, features);
+  product(rows, dim, features, buffers.scaled, dim, 1, buffers.gradient_transposed, features, buffers.grad_key,
+          features, false, fetch_chunk(inputs.value, chunk.next, batch, head, sizes.head_dim));
   scale_rows(rows, features, gates.out, 1.0f, buffers.grad_key, buffers.grad_key);
   // Of the span whose turn is next.
-  const Ahead next_keys{inputs.key, chunk.start - SPAN * CHUNK, batch, head, sizes.features};
-  product_before(next_keys, rows, features, dim, buffers.keys, features, 1, buffers.grad_memory, dim, buffers.grad_written, dim);
+  product(rows, features, dim, buffers.keys, features, 1, buffers.grad_memory, dim, buffers.grad_written, dim, false,
+          fetch_chunk(inputs.key, chunk.start - SPAN * CHUNK, batch, head, sizes.features));
   scale_rows(rows, dim, gates.out, 1.0f, buffers.grad_written, buffers.grad_written);
   for (int64_t i = 0; i < features * dim; i += LANES)
     store(buffers.grad_memory + i, gates.all * load(buffers.grad_memory + i));
@@ -548,7 +559,8 @@ void read_backward(const Sizes& sizes, const Inputs& inputs, const Gradients& gr
                    int64_t batch, int64_t query_head, BackwardBuffers& buffers) {
   const int64_t rows = chunk.rows, features = sizes.wide_features(), dim = sizes.wide_dim();
   const Gates& gates = *buffers.gates;
-  inputs.load_states(inputs.query, chunk, batch, query_head, sizes.features, buffers.queries, buffers.query_inverse_norms);
+  inputs.load_states(inputs.query, chunk, batch, query_head, sizes.features, buffers.queries,
+                     buffers.query_inverse_norms);
   load_rows(gradients.numerator, chunk, batch, query_head, sizes.head_dim, buffers.grad_numerator);
   product_to_lower(rows, features, buffers.queries, features, 1, buffers.keys_transposed, buffers.weights);
   decay_lower(rows, gates.between, nullptr, 1.0f, buffers.weights);
@@ -558,13 +570,11 @@ void read_backward(const Sizes& sizes, const Inputs& inputs, const Gradients& gr
   decay_lower(rows, gates.between, nullptr, 1.0f, buffers.grad_scores);
   add_transposed_product(rows, features, buffers.grad_scores, buffers.queries, buffers.grad_key);
   scale_rows(rows, dim, gates.in, 1.0f, buffers.grad_numerator, buffers.grad_numerator);
-  const Ahead next_queries{inputs.query, chunk.next, batch, query_head, sizes.features};
-  product_before(next_queries, rows, dim, features, buffers.grad_numerator, dim, 1, buffers.memory_transposed, features,
-                 buffers.grad_query, features);
+  product(rows, dim, features, buffers.grad_numerator, dim, 1, buffers.memory_transposed, features, buffers.grad_query,
+          features, false, fetch_chunk(inputs.query, chunk.next, batch, query_head, sizes.features));
   add_lower_product(rows, features, buffers.grad_scores, buffers.keys, buffers.grad_query);
-  const Ahead next_gradients{gradients.numerator, chunk.next, batch, query_head, sizes.head_dim};
-  product_before(next_gradients, features, rows, dim, buffers.queries, 1, features, buffers.grad_numerator, dim,
-                 buffers.grad_memory, dim, true);
+  product(features, rows, dim, buffers.queries, 1, features, buffers.grad_numerator, dim, buffers.grad_memory, dim,
+          true, fetch_chunk(gradients.numerator, chunk.next, batch, query_head, sizes.head_dim));
 
   float read[CHUNK];
   row_products(rows, features, buffers.grad_query, buffers.queries, read);
@@ -597,9 +607,8 @@ void write_backward(const Sizes& sizes, const Inputs& inputs, const Tokens& writ
   for (int64_t i = 0; i < rows; i++) buffers.grad_scores[i * CHUNK + i] = 0.0f;
   scale_rows(rows, dim, gates.in, -1.0f, buffers.grad_written, buffers.scaled);
   float* grad_written_key = buffers.grad_query;
-  const Ahead next_written{written, chunk.start - SPAN * CHUNK, batch, head, sizes.head_dim};
-  product_before(next_written, rows, dim, features, buffers.scaled, dim, 1, buffers.memory_transposed, features,
-                 grad_written_key, features);
+  product(rows, dim, features, buffers.scaled, dim, 1, buffers.memory_transposed, features, grad_written_key, features,
+          false, fetch_chunk(written, chunk.start - SPAN * CHUNK, batch, head, sizes.head_dim));
   add_lower_product(rows, features, buffers.grad_scores, buffers.keys, grad_written_key);
   scale_rows(rows, dim, gates.strength, 1.0f, buffers.scaled, buffers.scaled);
   product(features, rows, dim, buffers.keys_transposed, CHUNK, 1, buffers.scaled, dim, buffers.grad_memory, dim, true);
@@ -636,9 +645,10 @@ void store_gate_gradients(const Inputs& inputs, const Gradients& gradients, cons
   }
 }
 
-// The gradients of a span, whose memory at its start is in `buffers`; the gradient of the memory goes from its end to its start.
-void span_backward(const Sizes& sizes, const Inputs& inputs, const Tokens& written, const Gradients& gradients, int64_t span,
-                   int64_t batch, int64_t head, BackwardBuffers& buffers) {
+// The gradients of a span, whose memory at its start is in `buffers`; the gradient of the memory goes from its end to
+// its start.
+void span_backward(const Sizes& sizes, const Inputs& inputs, const Tokens& written, const Gradients& gradients,
+                   int64_t span, int64_t batch, int64_t head, BackwardBuffers& buffers) {
   const int64_t first = span * SPAN, count = std::min(SPAN, sizes.chunks() - first);
   for (int64_t index = 0; index < count; index++) {
     buffers.enter(sizes, index);
@@ -671,8 +681,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
 
   const at::Tensor forget = log_forget.value_or(at::Tensor());
   const Inputs inputs{Tokens(query), Tokens(key), Tokens(value), Tokens(strength), Tokens(forget), maps};
-  const Gradients gradients{Tokens(grad_numerator), Tokens(grad_query), Tokens(grad_key), Tokens(grad_value),
-                            Tokens(grad_strength), Tokens(forget.defined() ? grad_forget : forget)};
+  const Gradients gradients{Tokens(grad_numerator), Tokens(grad_query),
+                            Tokens(grad_key),       Tokens(grad_value),
+                            Tokens(grad_strength),  Tokens(forget.defined() ? grad_forget : forget)};
   const Tokens corrections(written);
   const float *kept = memories.data_ptr<float>(), *grad_after = grad_last.data_ptr<float>();
   float* first = grad_first.data_ptr<float>();
@@ -682,9 +693,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
     BackwardBuffers buffers(wide_features, dim);
     for (int64_t memory = begin; memory < end; memory++) {
       const int64_t batch = memory / sizes.kv_heads, head = memory % sizes.kv_heads;
-      pack_wide(features, wide_features, head_dim, dim, grad_after + memory * memory_size, head_dim, buffers.grad_memory);
+      pack_wide(features, wide_features, head_dim, dim, grad_after + memory * memory_size, head_dim,
+                buffers.grad_memory);
       for (int64_t span = sizes.spans() - 1; span >= 0; span--) {
-        std::copy_n(kept + (memory * sizes.spans() + span) * sizes.wide_memory(), sizes.wide_memory(), +buffers.memories);
+        std::copy_n(kept + (memory * sizes.spans() + span) * sizes.wide_memory(), sizes.wide_memory(),
+                    +buffers.memories);
         span_backward(sizes, inputs, corrections, gradients, span, batch, head, buffers);
       }
       unpack(features, head_dim, dim, buffers.grad_memory, first + memory * memory_size, head_dim);
@@ -692,7 +705,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
   });
   return {grad_query, grad_key, grad_value, grad_strength, grad_forget, grad_first};
 }
-
 
 // The norm of what was read: y = weight x / sqrt(mean(x^2) + eps) for rows x of contiguous states.
 
@@ -743,7 +755,8 @@ void gather_rows(const at::Tensor& tensor, int64_t first, int64_t count, int64_t
     pack_wide(1, 1, width, wide, tokens.at(row / length / heads, row / length % heads, row % length), width, to);
 }
 
-// Gradients of states and weight: with n = x factor and g = weight grad, factor (g - n mean(g n)) and the sum of grad n.
+// Gradients of states and weight: with n = x factor and g = weight grad, factor (g - n mean(g n)) and the sum of grad
+// n.
 std::tuple<at::Tensor, at::Tensor> rms_norm_backward(const at::Tensor& states, const at::Tensor& weight,
                                                      const at::Tensor& grad, double eps) {
   const int64_t width = states.size(-1);
@@ -795,11 +808,13 @@ std::tuple<at::Tensor, at::Tensor> rms_norm_backward(const at::Tensor& states, c
 
 TORCH_LIBRARY_FRAGMENT(kermit_hf, m) {
   m.def(
-      "delta_forward(Tensor query, Tensor key, Tensor value, Tensor write_strength, Tensor? log_forget, Tensor? matrix, "
+      "delta_forward(Tensor query, Tensor key, Tensor value, Tensor write_strength, Tensor? log_forget, Tensor? "
+      "matrix, "
       "bool maps, bool keeps) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "delta_backward(Tensor query, Tensor key, Tensor value, Tensor write_strength, Tensor? log_forget, "
-      "Tensor memories, Tensor written, Tensor grad_numerator, Tensor grad_last, bool maps) -> (Tensor, Tensor, Tensor, "
+      "Tensor memories, Tensor written, Tensor grad_numerator, Tensor grad_last, bool maps) -> (Tensor, Tensor, "
+      "Tensor, "
       "Tensor, Tensor, Tensor)");
   m.def("rms_norm_forward(Tensor states, Tensor weight, float eps, Tensor(a!) result) -> ()");
   m.def("rms_norm_backward(Tensor states, Tensor weight, Tensor grad, float eps) -> (Tensor, Tensor)");

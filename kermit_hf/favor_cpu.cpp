@@ -1,5 +1,5 @@
-// The feature map "favor": projection, stabiliser and exponential while a few rows of features are in the caches. Formulas:
-// `FavorFeatureMap`.
+// The feature map "favor": projection, stabiliser and exponential while a few rows of features are in the caches.
+// Formulas: `FavorFeatureMap`.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -86,19 +86,22 @@ void store_features(int64_t count, const float* exponents, float shift, float* t
   std::copy_n(rest, count - whole, to + whole);
 }
 
-// projection (dims, width): the directions times head_dim^(-1/4), transposed, zeros beyond the features. Returns features and, of
-// queries, their log scale; of keys, an empty tensor.
-std::tuple<Tensor, Tensor> favor_forward(const Tensor& states, const Tensor& projection, int64_t features, bool are_queries) {
+// projection (dims, width): the directions times head_dim^(-1/4), transposed, zeros beyond the features. Returns
+// features and, of queries, their log scale; of keys, an empty tensor.
+std::tuple<Tensor, Tensor> favor_forward(const Tensor& states, const Tensor& projection, int64_t features,
+                                         bool are_queries) {
   const Sizes sizes(states, features);
-  TORCH_CHECK(projection.is_contiguous() && projection.size(1) == sizes.width, "projection has to be padded and contiguous");
+  TORCH_CHECK(projection.is_contiguous() && projection.size(1) == sizes.width,
+              "projection has to be padded and contiguous");
   const Tensor mapped = at::empty({sizes.batch, sizes.heads, sizes.length, features}, states.options());
   const Tensor log_scale = at::empty({sizes.batch, sizes.heads, are_queries ? sizes.length : 0}, states.options());
   const float* weights = projection.data_ptr<float>();
-  const float half_scale = 0.5f / std::sqrt(static_cast<float>(sizes.dims)), log_count = std::log(static_cast<float>(features));
+  const float half_scale = 0.5f / std::sqrt(static_cast<float>(sizes.dims)),
+              log_count = std::log(static_cast<float>(features));
   sizes.for_tiles([&] {
     return [&, exponents = Scratch(TILE_ROWS * sizes.width)](int64_t b, int64_t h, int64_t first, int64_t rows) {
-      product(rows, sizes.dims, sizes.width, row_of(states, b, h, first), states.stride(2), 1, weights, sizes.width, exponents,
-              sizes.width);
+      product(rows, sizes.dims, sizes.width, row_of(states, b, h, first), states.stride(2), 1, weights, sizes.width,
+              exponents, sizes.width);
       for (int64_t i = 0; i < rows; i++) {
         float* row = exponents + i * sizes.width;
         float shift = half_scale * sum_of_squares(sizes.dims, row_of(states, b, h, first + i));
@@ -131,10 +134,10 @@ void add_to_largest(int64_t count, const float* features, float grad, float* to)
   for (int64_t j = 0; j < count; j++) to[j] += features[j] == 1.0f ? grad / number : 0.0f;
 }
 
-// directions (features, width of dims): times head_dim^(-1/4), zeros beyond dims. grad_log_scale: of queries. Returns the gradient of
-// states.
-Tensor favor_backward(const Tensor& states, const Tensor& directions, const Tensor& features, const Tensor& grad_features,
-                      const Tensor& grad_log_scale, bool are_queries) {
+// directions (features, width of dims): times head_dim^(-1/4), zeros beyond dims. grad_log_scale: of queries. Returns
+// the gradient of states.
+Tensor favor_backward(const Tensor& states, const Tensor& directions, const Tensor& features,
+                      const Tensor& grad_features, const Tensor& grad_log_scale, bool are_queries) {
   const Sizes sizes(states, features.size(3));
   for (const Tensor* rows : {&features, &grad_features})
     TORCH_CHECK(rows->stride(3) == 1 || rows->size(3) == 1 || rows->numel() == 0, "rows have to be contiguous");
@@ -155,7 +158,8 @@ Tensor favor_backward(const Tensor& states, const Tensor& directions, const Tens
         add_to_largest(sizes.features, feature, grad_scale - norm_grads[i], row);
         norm_grads[i] = grad_scale;
       }
-      product(rows, sizes.features, width, exponents, sizes.features, 1, directions.data_ptr<float>(), width, sums, width);
+      product(rows, sizes.features, width, exponents, sizes.features, 1, directions.data_ptr<float>(), width, sums,
+              width);
       for (int64_t i = 0; i < rows; i++) {
         const float *state = row_of(states, b, h, first + i), *sum = sums + i * width, factor = scale * norm_grads[i];
         float* to = row_of(grad_states, b, h, first + i);

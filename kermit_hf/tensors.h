@@ -22,8 +22,8 @@ inline at::Tensor empty_states(int64_t batch, int64_t heads, int64_t length, int
   return in_huge_pages(at::empty({batch, length, heads, dim}, like.options())).transpose(1, 2);
 }
 
-// As `like` lies in memory. The last axis of states (batch, heads, seq, dim) is contiguous, also where another one's stride is
-// one, too, and a tensor of its own may order the two either way.
+// As `like` lies in memory. The last axis of states (batch, heads, seq, dim) is contiguous, also where another one's
+// stride is one, too, and a tensor of its own may order the two either way.
 inline at::Tensor empty_gradient(const at::Tensor& like) {
   at::Tensor gradient = at::empty_like(like);
   if (like.dim() == 4 && gradient.stride(3) != 1) gradient = at::empty(like.sizes(), like.options());

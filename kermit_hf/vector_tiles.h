@@ -1,7 +1,9 @@
-// Vectors of floats and products of matrices that fit into a core's caches: what the CPU kernels of this package are made of.
+// Vectors of floats and products of matrices that fit into a core's caches: what the CPU kernels of this package are
+// made of.
 //
-// Matrices are pointers to floats. Those that a product reads by columns (its second factor and its result) have contiguous
-// rows and a whole number of vectors as their width; `round_up` says how wide, and what is beyond the matrix must be finite.
+// Matrices are pointers to floats. Those that a product reads by columns (its second factor and its result) have
+// contiguous rows and a whole number of vectors as their width; `round_up` says how wide, and what is beyond the matrix
+// must be finite.
 
 #pragma once
 
@@ -104,14 +106,15 @@ struct NoFetcher {
   void fetch_line() {}
 };
 
-// Fetches a matrix (rows, width), whose rows lie `stride` apart, line by line into a core's second cache. Only so many lines can be
-// on the way, and many at once hold up other reading: a product asks for one at every second step.
+// Fetches a matrix (rows, width), whose rows lie `stride` apart, line by line into a core's second cache. Only so many
+// lines can be on the way, and many at once hold up other reading: a product asks for one at every second step.
 class Fetcher {
  public:
   Fetcher(int64_t rows, int64_t width, const float* from, int64_t stride)
       : line_(from), end_(from + width), width_(width), stride_(stride), rows_(rows) {}
 
-  void fetch_line() {
+  // A call would push a product's sums out of the registers.
+  __attribute__((always_inline)) void fetch_line() {
     if (rows_ <= 0) return;
     __builtin_prefetch(line_, 0, 2);
     line_ += LINE;
@@ -127,16 +130,17 @@ class Fetcher {
   int64_t width_, stride_, rows_;
 };
 
-template <int64_t rows, int64_t vectors, class Fetch>
+template <int64_t rows, int64_t vectors, class Fetch = NoFetcher>
 inline void product_tile(int64_t depth, const float* a, int64_t a_row, int64_t a_column, const float* b, int64_t b_row,
-                         float* c, int64_t c_row, bool add, Fetch& fetcher) {
+                         float* c, int64_t c_row, bool add, Fetch&& fetcher = {}) {
   Vector sums[rows][vectors];
 #pragma GCC unroll 8
   for (int64_t i = 0; i < rows; i++)
 #pragma GCC unroll 4
     for (int64_t j = 0; j < vectors; j++) sums[i][j] = add ? load(c + i * c_row + j * LANES) : Vector{};
+  auto local = fetcher;  // in registers
   for (int64_t k = 0; k < depth; k++) {
-    if (k % 2) fetcher.fetch_line();
+    if (k % 2) local.fetch_line();
     Vector columns[vectors];
 #pragma GCC unroll 4
     for (int64_t j = 0; j < vectors; j++) columns[j] = load(b + k * b_row + j * LANES);
@@ -147,6 +151,7 @@ inline void product_tile(int64_t depth, const float* a, int64_t a_row, int64_t a
       for (int64_t j = 0; j < vectors; j++) sums[i][j] += factor * columns[j];
     }
   }
+  fetcher = local;
 #pragma GCC unroll 8
   for (int64_t i = 0; i < rows; i++)
 #pragma GCC unroll 4
@@ -156,7 +161,8 @@ inline void product_tile(int64_t depth, const float* a, int64_t a_row, int64_t a
 template <int64_t rows, class Fetch>
 inline void product_rows(int64_t depth, int64_t width, const float* a, int64_t a_row, int64_t a_column, const float* b,
                          int64_t b_row, float* c, int64_t c_row, bool add, Fetch& fetcher) {
-  for (; width >= TILE_VECTORS * LANES; width -= TILE_VECTORS * LANES, b += TILE_VECTORS * LANES, c += TILE_VECTORS * LANES)
+  for (; width >= TILE_VECTORS * LANES;
+       width -= TILE_VECTORS * LANES, b += TILE_VECTORS * LANES, c += TILE_VECTORS * LANES)
     product_tile<rows, TILE_VECTORS>(depth, a, a_row, a_column, b, b_row, c, c_row, add, fetcher);
   switch (width / LANES) {
     case 3: return product_tile<rows, 3>(depth, a, a_row, a_column, b, b_row, c, c_row, add, fetcher);
@@ -165,10 +171,11 @@ inline void product_rows(int64_t depth, int64_t width, const float* a, int64_t a
   }
 }
 
-// C (rows, width) = A (rows, depth) B (depth, width), or C += A B where `add`. Element (i, k) of A is a[i * a_row + k * a_column].
+// C (rows, width) = A (rows, depth) B (depth, width), or C += A B where `add`.
+// Element (i, k) of A is a[i * a_row + k * a_column].
 template <class Fetch = NoFetcher>
 inline void product(int64_t rows, int64_t depth, int64_t width, const float* a, int64_t a_row, int64_t a_column,
-                    const float* b, int64_t b_row, float* c, int64_t c_row, bool add = false, Fetch fetcher = {}) {
+                    const float* b, int64_t b_row, float* c, int64_t c_row, bool add = false, Fetch&& fetcher = {}) {
   for (; rows >= TILE_ROWS; rows -= TILE_ROWS, a += TILE_ROWS * a_row, c += TILE_ROWS * c_row)
     product_rows<TILE_ROWS>(depth, width, a, a_row, a_column, b, b_row, c, c_row, add, fetcher);
   switch (rows) {
@@ -180,7 +187,8 @@ inline void product(int64_t rows, int64_t depth, int64_t width, const float* a, 
   }
 }
 
-// The lanes of two vectors that a transpose exchanges: of each pair of blocks of `step` lanes, the second of `a` with the first of `b`.
+// The lanes of two vectors that a transpose exchanges: of each pair of blocks of `step` lanes, the second of `a` with
+// the first of `b`.
 template <int64_t step, int... lane>
 inline void exchange_lanes(Vector& a, Vector& b, std::integer_sequence<int, lane...>) {
 #if defined(__clang__) || __GNUC__ >= 12
@@ -238,21 +246,13 @@ class Scratch {
   std::unique_ptr<float[], Free> memory_;
 };
 
-// Fetches rows into a core's second cache. Only so many can be on the way: best a few at a time, between products.
-inline void fetch(int64_t rows, int64_t width, const float* from, int64_t stride) {
-  constexpr int64_t LINE = 64 / sizeof(float);
-  asm volatile("");  // without an effect that they know of, some compilers drop calls
-  for (int64_t i = 0; i < rows; i++)
-    for (int64_t j = 0; j < width; j += LINE) __builtin_prefetch(from + i * stride + j, 0, 2);
-}
-
 // Rows (rows, width) of a matrix whose rows lie `stride` apart, one after the other.
 inline void pack(int64_t rows, int64_t width, const float* from, int64_t stride, float* to) {
   for (int64_t i = 0; i < rows; i++) std::memcpy(to + i * width, from + i * stride, width * sizeof(float));
 }
 
-// The transpose, times `scale`, of a matrix (rows, width) whose rows lie `stride` apart: (width, columns), zero from column
-// `rows` on.
+// The transpose, times `scale`, of a matrix (rows, width) whose rows lie `stride` apart: (width, columns), zero from
+// column `rows` on.
 inline void pack_transposed(int64_t rows, int64_t width, const float* from, int64_t stride, float scale, float* to,
                             int64_t columns) {
   for (int64_t j = 0; j < width; j++) {

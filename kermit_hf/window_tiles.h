@@ -281,11 +281,12 @@ struct Inputs {
                       sink_keys->size(1) == key.size(1) && sink_keys->size(3) == key.size(3),
                   "sinks have to be (batch, kv_heads, sinks, head_dim)");
     if (far_value)
-      TORCH_CHECK(far_value->size(0) == query.size(0) && far_value->size(1) == query.size(1) &&
-                      far_value->size(2) <= query.size(2) && far_value->size(3) == query.size(3) &&
-                      far_logit->sizes() == far_value->sizes().slice(0, 3),
-                  "the far field has to be (batch, heads, rows, head_dim), its logit (batch, heads, rows), with at most ",
-                  query.size(2), " rows");
+      TORCH_CHECK(
+          far_value->size(0) == query.size(0) && far_value->size(1) == query.size(1) &&
+              far_value->size(2) <= query.size(2) && far_value->size(3) == query.size(3) &&
+              far_logit->sizes() == far_value->sizes().slice(0, 3),
+          "the far field has to be (batch, heads, rows, head_dim), its logit (batch, heads, rows), with at most ",
+          query.size(2), " rows");
     TORCH_CHECK(
         first_real.scalar_type() == at::kLong && first_real.is_contiguous() && first_real.numel() == query.size(0),
         "first_real must be int64 (batch,)");

@@ -1,7 +1,10 @@
-// Nyström attention of an encoder on a CPU, see nystrom_attention.py for the formula and encoder_cpu.py for who calls this.
+// Nyström attention of an encoder on a CPU, see nystrom_attention.py for the formula and encoder_cpu.py for who calls
+// this.
 //
-// A block of tokens stays in a core's cache while everything is done with it: what several products read is copied there. A task is a span of one head's tokens; what landmarks gather over all spans is added up in their order, so that
-// results do not depend on the number of threads. The (landmarks, landmarks) matrices of a head lie in rows of `width` floats.
+// A block of tokens stays in a core's cache while everything is done with it: what several products read is copied
+// there. A task is a span of one head's tokens; what landmarks gather over all spans is added up in their order, so
+// that results do not depend on the number of threads. The (landmarks, landmarks) matrices of a head lie in rows of
+// `width` floats.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -49,8 +52,15 @@ struct Sizes {
 Sizes sizes_of(const Tensor& states, int64_t landmarks, const std::optional<Tensor>& lengths) {
   const int64_t tokens = states.size(2), dim = states.size(3);
   TORCH_CHECK(dim % LANES == 0, "head_dim ", dim, " is no multiple of ", LANES);
-  return {states.size(0), states.size(1), tokens, dim, landmarks, round_up(landmarks), (tokens + SPAN - 1) / SPAN,
-          1 / std::sqrt(static_cast<float>(dim)), lengths ? lengths->const_data_ptr<int64_t>() : nullptr};
+  return {states.size(0),
+          states.size(1),
+          tokens,
+          dim,
+          landmarks,
+          round_up(landmarks),
+          (tokens + SPAN - 1) / SPAN,
+          1 / std::sqrt(static_cast<float>(dim)),
+          lengths ? lengths->const_data_ptr<int64_t>() : nullptr};
 }
 
 // Calls work(batch, head) for every head, in parallel.
@@ -99,8 +109,8 @@ void add_spans(const Sizes& sizes, const Tensor& parts, int64_t batch, int64_t h
     add_to(count, sum, head_of(parts, batch, head * sizes.spans + span).data);
 }
 
-// Softmax of each row of scores (rows, width), of which the first `count` are real, in place; the others become zero. A few rows at
-// a time, as each step has to wait for what the one before made of its row.
+// Softmax of each row of scores (rows, width), of which the first `count` are real, in place; the others become zero. A
+// few rows at a time, as each step has to wait for what the one before made of its row.
 void softmax_rows(int64_t rows, int64_t width, int64_t count, float* scores) {
   constexpr int64_t GROUP = 8;
   float numbers[GROUP];
@@ -133,8 +143,7 @@ void softmax_rows_backward(int64_t rows, int64_t width, const float* weights, fl
     Vector agreement{};
     for (int64_t j = 0; j < width; j += LANES) agreement += load(weights + j) * load(grads + j);
     const float mean = sum_of(agreement);
-    for (int64_t j = 0; j < width; j += LANES)
-      store(grads + j, scale * load(weights + j) * (load(grads + j) - mean));
+    for (int64_t j = 0; j < width; j += LANES) store(grads + j, scale * load(weights + j) * (load(grads + j) - mean));
   }
 }
 
@@ -150,7 +159,8 @@ void mean_of_segments(const Sizes& sizes, int64_t batch, Head states, float* mea
 }
 
 // Gradient of the means of segments, added to that of their tokens from `first` to `end`.
-void spread_over_segments(const Sizes& sizes, int64_t batch, int64_t first, int64_t end, const float* grad_means, Head grads) {
+void spread_over_segments(const Sizes& sizes, int64_t batch, int64_t first, int64_t end, const float* grad_means,
+                          Head grads) {
   end = std::min(end, sizes.real_tokens(batch));
   for (int64_t token = first; token < end;) {
     const int64_t segment = token * sizes.landmarks / sizes.real_tokens(batch);
@@ -213,7 +223,8 @@ void refine_inverse(Square square, const float* matrix, const float* inverse, St
 void refine_inverse_backward(Square square, const float* matrix, const float* inverse, Step step, float* grad,
                              float* grad_matrix, float* memory) {
   const int64_t count = square.count();
-  float *transposed = memory, *grad_bracket = memory + count, *grad_product = memory + 2 * count, *grad_inner = memory + 3 * count;
+  float *transposed = memory, *grad_bracket = memory + count, *grad_product = memory + 2 * count,
+        *grad_inner = memory + 3 * count;
   scale_rows(count, grad, 0.25f);
   multiply_transposed_first(square, inverse, grad, grad_bracket);
   transpose(square, step.second, transposed);
@@ -224,8 +235,7 @@ void refine_inverse_backward(Square square, const float* matrix, const float* in
   multiply(square, grad_inner, transposed, grad_product, true);
   // The innermost bracket is 7 I - P: its gradient is that of P with the other sign.
   multiply_transposed_first(square, step.product, grad_inner, grad_bracket);
-  for (int64_t i = 0; i < count; i += LANES)
-    store(grad_product + i, load(grad_bracket + i) - load(grad_product + i));
+  for (int64_t i = 0; i < count; i += LANES) store(grad_product + i, load(grad_bracket + i) - load(grad_product + i));
   transpose(square, inverse, transposed);
   multiply(square, grad_product, transposed, grad_matrix, true);
   transpose(square, step.third, transposed);
@@ -258,7 +268,8 @@ std::vector<Start> starts_of(const Sizes& sizes, const Tensor& attention, bool s
       row[head] = {norm, head, column};
     }
     if (!shared) continue;
-    const Start largest = *std::max_element(row, row + sizes.heads, [](const Start& a, const Start& b) { return a.norm < b.norm; });
+    const Start largest =
+        *std::max_element(row, row + sizes.heads, [](const Start& a, const Start& b) { return a.norm < b.norm; });
     std::fill(row, row + sizes.heads, largest);
   }
   return starts;
@@ -271,7 +282,8 @@ void start_inverse(Square square, const float* matrix, float norm, float* invers
 
 // The convolution of the values.
 
-// Which tokens a convolution of a block reads: those from `from` to `end`, which lie inside of the row's first `tokens`.
+// Which tokens a convolution of a block reads: those from `from` to `end`, which lie inside of the row's first
+// `tokens`.
 struct Reach {
   int64_t from, end;
   int64_t rows() const { return std::max<int64_t>(end - from, 0); }
@@ -288,14 +300,17 @@ class Band {
     for (int64_t j = 0; j < taps; j++) padded_[TILE_ROWS + j] = kernel[flipped ? taps - 1 - j : j];
   }
 
-  // Adds the convolution to rows of `result`. Row t of it is sum_j kernel[j] states[t + j - before], of states within `reach`.
+  // Adds the convolution to rows of `result`. Row t of it is sum_j kernel[j] states[t + j - before], of states within
+  // `reach`.
   void convolve(int64_t first, int64_t rows, int64_t before, Head states, Reach reach, int64_t dim, Head result) const {
     for (int64_t token = first; token < first + rows; token += TILE_ROWS) {
       const int64_t height = std::min(TILE_ROWS, first + rows - token);
-      const int64_t from = std::max(token - before, reach.from), end = std::min(token - before + taps_ + height - 1, reach.end);
+      const int64_t from = std::max(token - before, reach.from),
+                    end = std::min(token - before + taps_ + height - 1, reach.end);
       if (end <= from) continue;
       const float* band = padded_.data() + TILE_ROWS + from - (token - before);
-      product(height, end - from, dim, band, -1, 1, states.row(from), states.stride, result.row(token), result.stride, true);
+      product(height, end - from, dim, band, -1, 1, states.row(from), states.stride, result.row(token), result.stride,
+              true);
     }
   }
 
@@ -304,13 +319,15 @@ class Band {
   std::vector<float> padded_;
 };
 
-// sums[j] += sum_t grads[t] * states[t + j], for TAPS_AT_ONCE values of j and one vector's worth of columns; rows lie `stride` apart.
+// sums[j] += sum_t grads[t] * states[t + j], for TAPS_AT_ONCE values of j and one vector's worth of columns; rows lie
+// `stride` apart.
 void correlate(int64_t rows, const float* grads, const float* states, int64_t stride, Vector* sums) {
   Vector local[TAPS_AT_ONCE];
   std::copy(sums, sums + TAPS_AT_ONCE, local);
   int64_t t = 0;
   for (; t + 4 <= rows; t += 4, grads += 4 * stride, states += 4 * stride) {
-    const Vector g0 = load(grads), g1 = load(grads + stride), g2 = load(grads + 2 * stride), g3 = load(grads + 3 * stride);
+    const Vector g0 = load(grads), g1 = load(grads + stride), g2 = load(grads + 2 * stride),
+                 g3 = load(grads + 3 * stride);
     Vector s0 = load(states), s1 = load(states + stride), s2 = load(states + 2 * stride);
 #pragma GCC unroll 16
     for (int64_t j = 0; j < TAPS_AT_ONCE; j++) {
@@ -330,8 +347,10 @@ void correlate(int64_t rows, const float* grads, const float* states, int64_t st
 // Rows `first` to `end` of states, those outside of its first `tokens` being zero, one after the other.
 void pack_window(int64_t first, int64_t end, int64_t tokens, int64_t dim, Head states, float* to) {
   for (int64_t token = first; token < end; token++, to += dim) {
-    if (token >= 0 && token < tokens) pack(1, dim, states.row(token), 0, to);
-    else std::fill(to, to + dim, 0.0f);
+    if (token >= 0 && token < tokens)
+      pack(1, dim, states.row(token), 0, to);
+    else
+      std::fill(to, to + dim, 0.0f);
   }
 }
 
@@ -347,7 +366,8 @@ struct Pool {
   float *maximum, *sum, *values;
 };
 
-// Largest number of each of as many columns as a vector has lanes; in four chains, as each step waits for the one before.
+// Largest number of each of as many columns as a vector has lanes; in four chains, as each step waits for the one
+// before.
 Vector largest_of_columns(int64_t rows, int64_t width, const float* columns) {
   constexpr int64_t CHAINS = 4;
   Vector largest[CHAINS];
@@ -382,7 +402,8 @@ void pool_block(const Sizes& sizes, int64_t rows, float* scores, const float* va
   product(sizes.landmarks, rows, dim, scores, 1, width, values, dim, pool.values, dim, true, fetcher);
 }
 
-void pool_span(const Sizes& sizes, int64_t first, int64_t end, Head key, Head value, const float* landmark_queries, Pool pool) {
+void pool_span(const Sizes& sizes, int64_t first, int64_t end, Head key, Head value, const float* landmark_queries,
+               Pool pool) {
   const int64_t width = sizes.width, dim = sizes.dim;
   Scratch queries(dim * width), values(BLOCK * dim), scores(BLOCK * width), correction(width);
   pack_transposed(sizes.landmarks, dim, landmark_queries, dim, sizes.scale, queries, width);
@@ -391,7 +412,8 @@ void pool_span(const Sizes& sizes, int64_t first, int64_t end, Head key, Head va
   std::fill(pool.values, pool.values + sizes.landmarks * dim, 0.0f);
   for (int64_t token = first; token < end; token += BLOCK) {
     const int64_t rows = std::min(BLOCK, end - token);
-    product(rows, dim, width, key.row(token), key.stride, 1, queries, width, scores, width, false, next_block(key, dim, token, end));
+    product(rows, dim, width, key.row(token), key.stride, 1, queries, width, scores, width, false,
+            next_block(key, dim, token, end));
     pack(rows, dim, value.row(token), value.stride, values);
     pool_block(sizes, rows, scores, values, correction, pool, next_block(value, dim, token, end));
   }
@@ -415,14 +437,15 @@ void join_pools(const Sizes& sizes, const std::vector<Pool>& pools, float* poole
   }
 }
 
-void read_span(const Sizes& sizes, int64_t batch, int64_t first, int64_t end, Head query, Head value, const float* landmark_keys,
-               const float* landmark_values, const Band* band, int64_t taps, Head output) {
+void read_span(const Sizes& sizes, int64_t batch, int64_t first, int64_t end, Head query, Head value,
+               const float* landmark_keys, const float* landmark_values, const Band* band, int64_t taps, Head output) {
   const int64_t width = sizes.width, dim = sizes.dim;
   Scratch keys(dim * width), scores(BLOCK * width);
   pack_transposed(sizes.landmarks, dim, landmark_keys, dim, sizes.scale, keys, width);
   for (int64_t token = first; token < end; token += BLOCK) {
     const int64_t rows = std::min(BLOCK, end - token);
-    product(rows, dim, width, query.row(token), query.stride, 1, keys, width, scores, width, false, next_block(query, dim, token, end));
+    product(rows, dim, width, query.row(token), query.stride, 1, keys, width, scores, width, false,
+            next_block(query, dim, token, end));
     softmax_rows(rows, width, sizes.landmarks, scores);
     product(rows, sizes.landmarks, dim, scores, width, 1, landmark_values, dim, output.row(token), output.stride, false,
             next_block(value, dim, token, end));
@@ -432,8 +455,8 @@ void read_span(const Sizes& sizes, int64_t batch, int64_t first, int64_t end, He
   }
 }
 
-// Output (batch, heads, tokens, dim); landmarks of queries and keys, their attention, B V (batch, heads, landmarks, ...) and the
-// logarithms of its sums (batch, heads, 1, landmarks).
+// Output (batch, heads, tokens, dim); landmarks of queries and keys, their attention, B V (batch, heads, landmarks,
+// ...) and the logarithms of its sums (batch, heads, 1, landmarks).
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> nystrom_forward(
     const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& kernels,
     const std::optional<Tensor>& lengths, int64_t landmarks, int64_t iterations, bool shared_norm) {
@@ -460,8 +483,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> nystrom_forward(
     return {rows.row(0), rows.row(1), head_of(parts, batch, head * sizes.spans + span).data};
   };
   for_spans(sizes, [&](int64_t batch, int64_t head, int64_t span, int64_t first, int64_t end) {
-    pool_span(sizes, first, std::min(end, sizes.real_tokens(batch)), head_of(key, batch, head), head_of(value, batch, head),
-              head_of(query_landmarks, batch, head).data, pool_of(batch, head, span));
+    pool_span(sizes, first, std::min(end, sizes.real_tokens(batch)), head_of(key, batch, head),
+              head_of(value, batch, head), head_of(query_landmarks, batch, head).data, pool_of(batch, head, span));
   });
 
   const Tensor pooled = empty_landmarks(sizes), landmark_values = empty_landmarks(sizes);
@@ -488,8 +511,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> nystrom_forward(
     std::optional<Band> band;
     if (kernels) band.emplace(kernels->const_data_ptr<float>() + head * taps, taps, false);
     read_span(sizes, batch, first, end, head_of(query, batch, head), head_of(value, batch, head),
-              head_of(key_landmarks, batch, head).data, head_of(landmark_values, batch, head).data, band ? &*band : nullptr, taps,
-              head_of(output, batch, head));
+              head_of(key_landmarks, batch, head).data, head_of(landmark_values, batch, head).data,
+              band ? &*band : nullptr, taps, head_of(output, batch, head));
   });
   return {output, query_landmarks, key_landmarks, attention, pooled, log_sums};
 }
@@ -497,8 +520,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> nystrom_forward(
 // Backward.
 
 // Gradients of a span's queries; what its landmarks' keys and values get goes to grad_keys and grad_values.
-void read_span_backward(const Sizes& sizes, int64_t first, int64_t end, Head query, Head grad, const float* landmark_keys,
-                        const float* landmark_values, Head grad_query, float* grad_keys, float* grad_values) {
+void read_span_backward(const Sizes& sizes, int64_t first, int64_t end, Head query, Head grad,
+                        const float* landmark_keys, const float* landmark_values, Head grad_query, float* grad_keys,
+                        float* grad_values) {
   const int64_t width = sizes.width, dim = sizes.dim, landmarks = sizes.landmarks;
   Scratch keys(dim * width), values(dim * width), queries(BLOCK * dim), grads(BLOCK * dim), weights(BLOCK * width),
       grad_scores(BLOCK * width);
@@ -512,7 +536,8 @@ void read_span_backward(const Sizes& sizes, int64_t first, int64_t end, Head que
     pack(rows, dim, grad.row(token), grad.stride, grads);
     product(rows, dim, width, queries, dim, 1, keys, width, weights, width, false, next_block(query, dim, token, end));
     softmax_rows(rows, width, landmarks, weights);
-    product(rows, dim, width, grads, dim, 1, values, width, grad_scores, width, false, next_block(grad, dim, token, end));
+    product(rows, dim, width, grads, dim, 1, values, width, grad_scores, width, false,
+            next_block(grad, dim, token, end));
     product(landmarks, rows, dim, weights, 1, width, grads, dim, grad_values, dim, true);
     softmax_rows_backward(rows, width, weights, grad_scores, sizes.scale);
     product(rows, landmarks, dim, grad_scores, width, 1, landmark_keys, dim, grad_query.row(token), grad_query.stride);
@@ -520,15 +545,15 @@ void read_span_backward(const Sizes& sizes, int64_t first, int64_t end, Head que
   }
 }
 
-// What the landmarks of a head hand on: their queries and keys, the logarithm of each one's sum of exponentials, and the gradient
-// of their pooled values, with its mean over each landmark's weights.
+// What the landmarks of a head hand on: their queries and keys, the logarithm of each one's sum of exponentials, and
+// the gradient of their pooled values, with its mean over each landmark's weights.
 struct Pooled {
   const float *queries, *log_sums, *grads, *agreements;
 };
 
 // Gradients of a span's keys and values; what its landmarks' queries get goes to grad_queries.
-void pool_span_backward(const Sizes& sizes, int64_t first, int64_t end, Head key, Head value, Pooled pooled, Head grad_key,
-                        Head grad_value, float* grad_queries) {
+void pool_span_backward(const Sizes& sizes, int64_t first, int64_t end, Head key, Head value, Pooled pooled,
+                        Head grad_key, Head grad_value, float* grad_queries) {
   const int64_t width = sizes.width, dim = sizes.dim, landmarks = sizes.landmarks;
   Scratch queries(dim * width), grads(dim * width), log_sums(width), agreements(width), keys(BLOCK * dim),
       weights(BLOCK * width), grad_scores(BLOCK * width);
@@ -555,8 +580,8 @@ void pool_span_backward(const Sizes& sizes, int64_t first, int64_t end, Head key
 }
 
 // Adds the convolution's gradient to that of a span's values, and returns that of its kernel.
-std::vector<float> convolve_span_backward(const Sizes& sizes, int64_t batch, int64_t first, int64_t end, Head value, Head grad,
-                                          const Band& flipped, int64_t taps, Head grad_value) {
+std::vector<float> convolve_span_backward(const Sizes& sizes, int64_t batch, int64_t first, int64_t end, Head value,
+                                          Head grad, const Band& flipped, int64_t taps, Head grad_value) {
   const int64_t dim = sizes.dim, real = sizes.real_tokens(batch), before = taps / 2, after = taps - 1 - before;
   const int64_t groups = round_up(taps, TAPS_AT_ONCE);
   Scratch grads((BLOCK + taps) * dim), values((BLOCK + groups) * dim);
@@ -569,7 +594,8 @@ std::vector<float> convolve_span_backward(const Sizes& sizes, int64_t batch, int
     pack_window(token - before, token - before + rows + groups - 1, real, dim, value, values);
     for (int64_t column = 0; column < dim; column += LANES)
       for (int64_t tap = 0; tap < groups; tap += TAPS_AT_ONCE)
-        correlate(rows, grads + (token - reach.from) * dim + column, values + tap * dim + column, dim, sums.data() + tap);
+        correlate(rows, grads + (token - reach.from) * dim + column, values + tap * dim + column, dim,
+                  sums.data() + tap);
   }
   std::vector<float> result(taps);
   for (int64_t tap = 0; tap < taps; tap++) result[tap] = sum_of(sums[tap]);
@@ -577,13 +603,17 @@ std::vector<float> convolve_span_backward(const Sizes& sizes, int64_t batch, int
 }
 
 // Gradients of query, key and value, and of the kernels (batch, heads, spans, taps) before they are summed.
-std::tuple<Tensor, Tensor, Tensor, Tensor> nystrom_backward(
-    const Tensor& grad, const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& kernels,
-    const std::optional<Tensor>& lengths, const Tensor& query_landmarks, const Tensor& key_landmarks, const Tensor& attention,
-    const Tensor& pooled, const Tensor& log_sums, int64_t iterations, bool shared_norm) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> nystrom_backward(const Tensor& grad, const Tensor& query, const Tensor& key,
+                                                            const Tensor& value, const std::optional<Tensor>& kernels,
+                                                            const std::optional<Tensor>& lengths,
+                                                            const Tensor& query_landmarks, const Tensor& key_landmarks,
+                                                            const Tensor& attention, const Tensor& pooled,
+                                                            const Tensor& log_sums, int64_t iterations,
+                                                            bool shared_norm) {
   const Sizes sizes = sizes_of(query, query_landmarks.size(2), lengths);
   const Square square{sizes.landmarks, sizes.width};
-  const int64_t dim = sizes.dim, width = sizes.width, landmarks = sizes.landmarks, taps = kernels ? kernels->size(1) : 0;
+  const int64_t dim = sizes.dim, width = sizes.width, landmarks = sizes.landmarks,
+                taps = kernels ? kernels->size(1) : 0;
   const std::vector<Start> starts = starts_of(sizes, attention, shared_norm);
 
   // Z of each head, and everything its iteration went through.
@@ -600,8 +630,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> nystrom_backward(
     start_inverse(square, matrix, starts[batch * sizes.heads + head].norm, inverse_of(batch, head, 0));
     for (int64_t i = 0; i < iterations; i++)
       refine_inverse(square, matrix, inverse_of(batch, head, i), step_of(batch, head, i));
-    product(landmarks, landmarks, dim, inverse_of(batch, head, iterations), width, 1, head_of(pooled, batch, head).data, dim,
-            head_of(landmark_values, batch, head).data, dim);
+    product(landmarks, landmarks, dim, inverse_of(batch, head, iterations), width, 1, head_of(pooled, batch, head).data,
+            dim, head_of(landmark_values, batch, head).data, dim);
   });
 
   const Tensor grad_query = empty_states(sizes), grad_key = empty_states(sizes), grad_value = empty_states(sizes);
@@ -620,14 +650,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> nystrom_backward(
   for_heads(sizes, [&](int64_t batch, int64_t head) {
     const float *matrix = head_of(attention, batch, head).data, *inverse = inverse_of(batch, head, iterations);
     float* grad_matrix = head_of(grad_attention, batch, head).data;
-    Scratch grad_values(landmarks * dim), transposed(dim * width), grad_inverse(square.count()), memory(4 * square.count());
+    Scratch grad_values(landmarks * dim), transposed(dim * width), grad_inverse(square.count()),
+        memory(4 * square.count());
     add_spans(sizes, key_parts, batch, head, head_of(grad_landmark_keys, batch, head).data);
     add_spans(sizes, value_parts, batch, head, grad_values);
-    product(landmarks, landmarks, dim, inverse, 1, width, grad_values, dim, head_of(grad_pooled, batch, head).data, dim);
+    product(landmarks, landmarks, dim, inverse, 1, width, grad_values, dim, head_of(grad_pooled, batch, head).data,
+            dim);
     pack_transposed(landmarks, dim, head_of(pooled, batch, head).data, dim, 1.0f, transposed, width);
     product(landmarks, dim, width, grad_values, dim, 1, transposed, width, grad_inverse, width);
     for (int64_t i = iterations - 1; i >= 0; i--)
-      refine_inverse_backward(square, matrix, inverse_of(batch, head, i), step_of(batch, head, i), grad_inverse, grad_matrix, memory);
+      refine_inverse_backward(square, matrix, inverse_of(batch, head, i), step_of(batch, head, i), grad_inverse,
+                              grad_matrix, memory);
     // The iteration starts from A transposed and divided by its norm.
     const float norm = starts[batch * sizes.heads + head].norm;
     const float* start = inverse_of(batch, head, 0);
@@ -645,7 +678,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> nystrom_backward(
       for (int64_t i = 0; i < landmarks; i++) matrix.row(i)[start.column] += grad_norms[batch * sizes.heads + head];
     }
 
-  const Tensor grad_landmark_queries = empty_landmarks(sizes), agreements = at::empty({sizes.batch, sizes.heads, 1, landmarks});
+  const Tensor grad_landmark_queries = empty_landmarks(sizes),
+               agreements = at::empty({sizes.batch, sizes.heads, 1, landmarks});
   for_heads(sizes, [&](int64_t batch, int64_t head) {
     const float *means = head_of(pooled, batch, head).data, *grads = head_of(grad_pooled, batch, head).data;
     float* grad_scores = head_of(grad_attention, batch, head).data;
@@ -668,8 +702,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> nystrom_backward(
     const Pooled landmark{head_of(query_landmarks, batch, head).data, head_of(log_sums, batch, head).data,
                           head_of(grad_pooled, batch, head).data, head_of(agreements, batch, head).data};
     const int64_t real_end = std::clamp(sizes.real_tokens(batch), first, end);
-    pool_span_backward(sizes, first, real_end, head_of(key, batch, head), head_of(value, batch, head), landmark, keys, values,
-                       head_of(query_parts, batch, head * sizes.spans + span).data);
+    pool_span_backward(sizes, first, real_end, head_of(key, batch, head), head_of(value, batch, head), landmark, keys,
+                       values, head_of(query_parts, batch, head * sizes.spans + span).data);
     spread_over_segments(sizes, batch, first, end, head_of(grad_landmark_keys, batch, head).data, keys);
     for (int64_t token = real_end; token < end; token++) {
       std::fill(keys.row(token), keys.row(token) + dim, 0.0f);
@@ -687,7 +721,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> nystrom_backward(
     add_to(landmarks * dim, head_of(grad_landmark_queries, batch, head).data, sum);
   });
   for_spans(sizes, [&](int64_t batch, int64_t head, int64_t, int64_t first, int64_t end) {
-    spread_over_segments(sizes, batch, first, end, head_of(grad_landmark_queries, batch, head).data, head_of(grad_query, batch, head));
+    spread_over_segments(sizes, batch, first, end, head_of(grad_landmark_queries, batch, head).data,
+                         head_of(grad_query, batch, head));
   });
   return {grad_query, grad_key, grad_value, grad_kernels};
 }
