@@ -5,6 +5,7 @@ WORKERS ?= 2
 ARGS    ?=
 
 BIN := $(VENV)/bin
+CPP := $(wildcard *_hf/*.cpp *_hf/*.h)
 PIP := $(BIN)/pip --disable-pip-version-check --quiet install --constraint constraints.txt
 
 .DEFAULT_GOAL := help
@@ -47,10 +48,12 @@ sentences: $(VENV)/.stamp-bench $(VENV)/.stamp-weights  ## how close a converted
 lint: $(VENV)/.stamp-dev  ## check style and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
 
 format: $(VENV)/.stamp-dev  ## fix style and formatting in place
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
 
 clean:  ## remove the environment, caches and build products (trained models stay)
 	rm -rf $(VENV) .cache build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

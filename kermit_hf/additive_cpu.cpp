@@ -71,9 +71,10 @@ struct Tokens {
   float* at(int64_t b, int64_t h, int64_t token) const { return data + b * batch + h * head + token * stride; }
 };
 
-// Fetches a chunk's tokens, or those of them that there are.
+// Fetches the tokens of a chunk that begins at `first`, those of them that there are; none if it is negative.
 Fetcher fetch_chunk(const Tokens& tokens, int64_t b, int64_t h, int64_t first, int64_t length, int64_t dims) {
-  return {first < 0 ? 0 : std::min(CHUNK, length - first), dims, tokens.at(b, h, first), tokens.stride};
+  return {first < 0 ? 0 : std::min(CHUNK, length - first), dims, tokens.at(b, h, std::max<int64_t>(first, 0)),
+          tokens.stride};
 }
 
 std::optional<Tokens> tokens_of(const std::optional<Tensor>& tensor) {
@@ -560,13 +561,13 @@ class Differentiator {
               CHUNK, false, read_ahead);
       mask_future(i, last, grad_weights, CHUNK, decays());
     }
-    const Tokens& gradients = gradients_.read_gradient ? *gradients_.read_gradient : reading_.numerator;
-    Fetcher gradients_ahead =
-        fetch_chunk(gradients, b, head, gradients_.read_gradient ? start_ - CHUNK : -1, sizes_.length, dims);
+    Fetcher gradients_ahead;
+    if (gradients_.read_gradient)
+      gradients_ahead = fetch_chunk(*gradients_.read_gradient, b, head, start_ - CHUNK, sizes_.length, dims);
     for (int64_t j = 0; j < rows_; j += TILE_ROWS) {
       const int64_t count = std::min(TILE_ROWS, rows_ - j), corner = j * CHUNK + j;
       product(count, rows_ - j, width(), grad_weights_ + corner, 1, CHUNK, queries_ + j * width(), width(),
-              grad_keys_ + j * width(), width(), add);
+              grad_keys_ + j * width(), width(), add, gradients_ahead);
       product(count, rows_ - j, sizes_.value_width, weights_ + corner, 1, CHUNK, grads_ + j * extended(), extended(),
               grad_values_ + j * sizes_.value_width, sizes_.value_width, add, gradients_ahead);
     }

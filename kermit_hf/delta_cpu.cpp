@@ -1,9 +1,9 @@
 // The delta rule in chunks, forward and backward: `_DeltaChunks` of kernel_attention.py, with everything about a chunk
 // of one head in a core's caches. Notation as there; states are float32, (batch, heads, seq, dim).
 //
-// The corrections u of a chunk solve (I + A) u = b (v - decay_in k^T S), A[i, j] = b_i (k_i . k_j) decay[i, j] for j <
-// i. One head goes from chunk to chunk anyway, so the system is solved for these values alone, not for all memories S
-// at once.
+// The corrections u of a chunk solve (I + A) u = b (v - decay_in k^T S), where A[i, j] = b_i (k_i . k_j) decay[i, j]
+// below the diagonal. One head goes from chunk to chunk anyway, so the system is solved for these values alone, not
+// for all memories S at once.
 //
 // Triangular matrices, rows CHUNK apart, hold blocks on and below the diagonal only; what is above them is never read.
 
@@ -131,7 +131,7 @@ void row_products(int64_t rows, int64_t width, const float* a, const float* b, f
 
 // Fetches the tokens of a later chunk that begins at `start`; none if it is negative.
 Fetcher fetch_chunk(const Tokens& tokens, int64_t start, int64_t batch, int64_t head, int64_t width) {
-  return {start < 0 ? 0 : CHUNK, width, tokens.at(batch, head, start), tokens.token};
+  return {start < 0 ? 0 : CHUNK, width, tokens.at(batch, head, std::max<int64_t>(start, 0)), tokens.token};
 }
 
 // Products with triangular matrices.
@@ -755,8 +755,7 @@ void gather_rows(const at::Tensor& tensor, int64_t first, int64_t count, int64_t
     pack_wide(1, 1, width, wide, tokens.at(row / length / heads, row / length % heads, row % length), width, to);
 }
 
-// Gradients of states and weight: with n = x factor and g = weight grad, factor (g - n mean(g n)) and the sum of grad
-// n.
+// Gradients of states and weight: with n = x factor and g = weight grad, factor (g - n mean(g n)), and sum(grad n).
 std::tuple<at::Tensor, at::Tensor> rms_norm_backward(const at::Tensor& states, const at::Tensor& weight,
                                                      const at::Tensor& grad, double eps) {
   const int64_t width = states.size(-1);
@@ -808,14 +807,12 @@ std::tuple<at::Tensor, at::Tensor> rms_norm_backward(const at::Tensor& states, c
 
 TORCH_LIBRARY_FRAGMENT(kermit_hf, m) {
   m.def(
-      "delta_forward(Tensor query, Tensor key, Tensor value, Tensor write_strength, Tensor? log_forget, Tensor? "
-      "matrix, "
-      "bool maps, bool keeps) -> (Tensor, Tensor, Tensor, Tensor)");
+      "delta_forward(Tensor query, Tensor key, Tensor value, Tensor write_strength, Tensor? log_forget, "
+      "Tensor? matrix, bool maps, bool keeps) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "delta_backward(Tensor query, Tensor key, Tensor value, Tensor write_strength, Tensor? log_forget, "
-      "Tensor memories, Tensor written, Tensor grad_numerator, Tensor grad_last, bool maps) -> (Tensor, Tensor, "
-      "Tensor, "
-      "Tensor, Tensor, Tensor)");
+      "Tensor memories, Tensor written, Tensor grad_numerator, Tensor grad_last, bool maps) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("rms_norm_forward(Tensor states, Tensor weight, float eps, Tensor(a!) result) -> ()");
   m.def("rms_norm_backward(Tensor states, Tensor weight, Tensor grad, float eps) -> (Tensor, Tensor)");
 }

@@ -110,6 +110,7 @@ struct NoFetcher {
 // lines can be on the way, and many at once hold up other reading: a product asks for one at every second step.
 class Fetcher {
  public:
+  Fetcher() = default;  // of nothing
   Fetcher(int64_t rows, int64_t width, const float* from, int64_t stride)
       : line_(from), end_(from + width), width_(width), stride_(stride), rows_(rows) {}
 
@@ -126,8 +127,8 @@ class Fetcher {
 
  private:
   static constexpr int64_t LINE = 64 / sizeof(float);
-  const float *line_, *end_;
-  int64_t width_, stride_, rows_;
+  const float *line_ = nullptr, *end_ = nullptr;
+  int64_t width_ = 0, stride_ = 0, rows_ = 0;
 };
 
 template <int64_t rows, int64_t vectors, class Fetch = NoFetcher>
@@ -172,7 +173,8 @@ inline void product_rows(int64_t depth, int64_t width, const float* a, int64_t a
 }
 
 // C (rows, width) = A (rows, depth) B (depth, width), or C += A B where `add`.
-// Element (i, k) of A is a[i * a_row + k * a_column].
+// Element (i, k) of A is a[i * a_row + k * a_column]. A fetcher that is a variable goes on where it is in the next
+// product.
 template <class Fetch = NoFetcher>
 inline void product(int64_t rows, int64_t depth, int64_t width, const float* a, int64_t a_row, int64_t a_column,
                     const float* b, int64_t b_row, float* c, int64_t c_row, bool add = false, Fetch&& fetcher = {}) {

@@ -1,10 +1,8 @@
-// Nyström attention of an encoder on a CPU, see nystrom_attention.py for the formula and encoder_cpu.py for who calls
-// this.
+// Nyström attention of an encoder on a CPU, see nystrom_attention.py for the formula; called by encoder_cpu.py.
 //
-// A block of tokens stays in a core's cache while everything is done with it: what several products read is copied
-// there. A task is a span of one head's tokens; what landmarks gather over all spans is added up in their order, so
-// that results do not depend on the number of threads. The (landmarks, landmarks) matrices of a head lie in rows of
-// `width` floats.
+// A block of tokens stays in a core's cache while everything is done with it. A task is a span of one head's tokens;
+// what landmarks gather over all spans is added up in their order, so that results do not depend on the number of
+// threads. The (landmarks, landmarks) matrices of a head lie in rows of `width` floats.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -25,7 +23,7 @@ using namespace tiles;
 
 constexpr int64_t BLOCK = 48, SPAN = 1056, TAPS_AT_ONCE = 11;
 
-// One head of a tensor (batch, heads, rows, columns) with contiguous columns.
+// One head of a tensor (batch, heads, rows, columns) with contiguous columns, or a part of its rows that was copied.
 struct Head {
   float* data;
   int64_t stride;
@@ -113,27 +111,27 @@ void add_spans(const Sizes& sizes, const Tensor& parts, int64_t batch, int64_t h
 // few rows at a time, as each step has to wait for what the one before made of its row.
 void softmax_rows(int64_t rows, int64_t width, int64_t count, float* scores) {
   constexpr int64_t GROUP = 8;
-  float numbers[GROUP];
+  float largest[GROUP], shares[GROUP];
   for (; rows > 0; rows -= GROUP, scores += GROUP * width) {
     const int64_t group = std::min(rows, GROUP);
     for (int64_t i = 0; i < group; i++) {
       float* row = scores + i * width;
       for (int64_t j = count; j < width; j++) row[j] = -std::numeric_limits<float>::infinity();
-      Vector largest = load(row);
-      for (int64_t j = LANES; j < width; j += LANES) largest = larger(largest, load(row + j));
-      numbers[i] = largest_of(largest);
+      Vector maximum = load(row);
+      for (int64_t j = LANES; j < width; j += LANES) maximum = larger(maximum, load(row + j));
+      largest[i] = largest_of(maximum);
     }
     for (int64_t i = 0; i < group; i++) {
       float* row = scores + i * width;
       Vector sum{};
       for (int64_t j = 0; j < width; j += LANES) {
-        const Vector weight = exponential(load(row + j) - numbers[i]);
+        const Vector weight = exponential(load(row + j) - largest[i]);
         store(row + j, weight);
         sum += weight;
       }
-      numbers[i] = 1 / sum_of(sum);
+      shares[i] = 1 / sum_of(sum);
     }
-    for (int64_t i = 0; i < group; i++) scale_rows(width, scores + i * width, numbers[i]);
+    for (int64_t i = 0; i < group; i++) scale_rows(width, scores + i * width, shares[i]);
   }
 }
 
@@ -354,7 +352,7 @@ void pack_window(int64_t first, int64_t end, int64_t tokens, int64_t dim, Head s
   }
 }
 
-// Fetches of a span's states, up to row `end`, the block behind that of this token.
+// Fetches the block behind the one that begins at `token`, up to row `end`.
 Fetcher next_block(Head states, int64_t dim, int64_t token, int64_t end) {
   return {std::min(BLOCK, end - token - BLOCK), dim, states.row(token + BLOCK), states.stride};
 }
@@ -366,16 +364,15 @@ struct Pool {
   float *maximum, *sum, *values;
 };
 
-// Largest number of each of as many columns as a vector has lanes; in four chains, as each step waits for the one
-// before.
+// The largest number of each of as many columns as a vector has lanes; in chains, as each step waits for the last one.
 Vector largest_of_columns(int64_t rows, int64_t width, const float* columns) {
   constexpr int64_t CHAINS = 4;
   Vector largest[CHAINS];
   for (int64_t i = 0; i < CHAINS; i++) largest[i] = load(columns + std::min(i, rows - 1) * width);
-  int64_t first = CHAINS;
-  for (; first + CHAINS <= rows; first += CHAINS)
-    for (int64_t i = 0; i < CHAINS; i++) largest[i] = larger(largest[i], load(columns + (first + i) * width));
-  for (; first < rows; first++) largest[0] = larger(largest[0], load(columns + first * width));
+  int64_t row = CHAINS;
+  for (; row + CHAINS <= rows; row += CHAINS)
+    for (int64_t i = 0; i < CHAINS; i++) largest[i] = larger(largest[i], load(columns + (row + i) * width));
+  for (; row < rows; row++) largest[0] = larger(largest[0], load(columns + row * width));
   return larger(larger(largest[0], largest[1]), larger(largest[2], largest[3]));
 }
 
@@ -448,7 +445,7 @@ void read_span(const Sizes& sizes, int64_t batch, int64_t first, int64_t end, He
             next_block(query, dim, token, end));
     softmax_rows(rows, width, sizes.landmarks, scores);
     product(rows, sizes.landmarks, dim, scores, width, 1, landmark_values, dim, output.row(token), output.stride, false,
-            next_block(value, dim, token, end));
+            band ? next_block(value, dim, token, end) : Fetcher());
     if (!band) continue;
     const Reach reach = reach_of(token, rows, taps / 2, taps, sizes.real_tokens(batch));
     band->convolve(token, rows, taps / 2, value, reach, dim, output);
