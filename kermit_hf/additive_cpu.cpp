@@ -241,6 +241,20 @@ struct Reading {
   std::optional<Tokens> log_forget, keep;
   Tokens numerator, denominator;
 
+  Reading(const Sizes& sizes, bool elu, bool divide, const Tensor& query, const Tensor& key, const Tensor& value,
+          const std::optional<Tensor>& log_forget, const std::optional<Tensor>& keep, const Tensor& numerator,
+          const Tensor& denominator)
+      : sizes(sizes),
+        elu(elu),
+        divide(divide),
+        query(query),
+        key(key),
+        value(value),
+        log_forget(tokens_of(log_forget)),
+        keep(tokens_of(keep)),
+        numerator(numerator),
+        denominator(denominator) {}
+
   // Features of keys, (rows, feature_width), zero for a token that does not enter the memory.
   void take_keys(int64_t b, int64_t h, int64_t start, int64_t rows, float* to) const {
     pack_features(elu, rows, sizes.features, key.at(b, h, start), key.stride, to, sizes.feature_width);
@@ -380,16 +394,7 @@ std::tuple<Tensor, Tensor, Tensor> additive_forward(const Tensor& query, const T
   const Tensor denominator = at::empty({sizes.batch, sizes.heads, sizes.length}, query.options());
   const Tensor memories =
       at::empty({sizes.batch, sizes.kv_heads, keeps ? sizes.spans() : 0, sizes.kept_size()}, query.options());
-  const Reading reading{sizes,
-                        elu,
-                        divide,
-                        Tokens(query),
-                        Tokens(key),
-                        Tokens(value),
-                        tokens_of(log_forget),
-                        tokens_of(keep),
-                        Tokens(numerator),
-                        Tokens(denominator)};
+  const Reading reading(sizes, elu, divide, query, key, value, log_forget, keep, numerator, denominator);
   float *matrices = matrix.data_ptr<float>(), *normalizers = normalizer.data_ptr<float>();
   float* kept = memories.data_ptr<float>();
   at::parallel_for(0, sizes.batch * sizes.kv_heads, 1, [&](int64_t begin, int64_t end) {
@@ -669,16 +674,7 @@ std::tuple<Tensor, Tensor, Tensor, std::optional<Tensor>> additive_backward(
   const Tensor grad_query = empty_gradient(query), grad_key = empty_gradient(key), grad_value = empty_gradient(value);
   std::optional<Tensor> grad_log_forget;
   if (log_forget) grad_log_forget = at::empty({sizes.batch, sizes.kv_heads, sizes.length}, query.options());
-  const Reading reading{sizes,
-                        elu,
-                        divide,
-                        Tokens(query),
-                        Tokens(key),
-                        Tokens(value),
-                        tokens_of(log_forget),
-                        tokens_of(keep),
-                        Tokens(numerator),
-                        Tokens(denominator)};
+  const Reading reading(sizes, elu, divide, query, key, value, log_forget, keep, numerator, denominator);
   const Gradients gradients{
       reading,          tokens_of(grad_numerator), tokens_of(grad_denominator), Tokens(grad_query),
       Tokens(grad_key), Tokens(grad_value),        tokens_of(grad_log_forget)};
