@@ -12,6 +12,7 @@
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <type_traits>
 #include <utility>
 
 #if defined(__AVX512F__)
@@ -107,7 +108,8 @@ struct NoFetcher {
 };
 
 // Fetches a matrix (rows, width), whose rows lie `stride` apart, line by line into a core's second cache. Only so many
-// lines can be on the way, and many at once hold up other reading: a product asks for one at every second step.
+// lines can be on the way, and many at once hold up other reading: a product asks for one at every second step. With
+// shorter vectors a step is too short for that, and fetching costs more than it saves.
 class Fetcher {
  public:
   Fetcher() = default;  // of nothing
@@ -116,7 +118,7 @@ class Fetcher {
 
   // A call would push a product's sums out of the registers.
   __attribute__((always_inline)) void fetch_line() {
-    if (rows_ <= 0) return;
+    if (LANES < 16 || rows_ <= 0) return;
     __builtin_prefetch(line_, 0, 2);
     line_ += LINE;
     if (line_ < end_) return;
@@ -159,16 +161,21 @@ inline void product_tile(int64_t depth, const float* a, int64_t a_row, int64_t a
     for (int64_t j = 0; j < vectors; j++) store(c + i * c_row + j * LANES, sums[i][j]);
 }
 
-template <int64_t rows, class Fetch>
-inline void product_rows(int64_t depth, int64_t width, const float* a, int64_t a_row, int64_t a_column, const float* b,
-                         int64_t b_row, float* c, int64_t c_row, bool add, Fetch& fetcher) {
-  for (; width >= TILE_VECTORS * LANES;
-       width -= TILE_VECTORS * LANES, b += TILE_VECTORS * LANES, c += TILE_VECTORS * LANES)
-    product_tile<rows, TILE_VECTORS>(depth, a, a_row, a_column, b, b_row, c, c_row, add, fetcher);
-  switch (width / LANES) {
-    case 3: return product_tile<rows, 3>(depth, a, a_row, a_column, b, b_row, c, c_row, add, fetcher);
-    case 2: return product_tile<rows, 2>(depth, a, a_row, a_column, b, b_row, c, c_row, add, fetcher);
-    case 1: return product_tile<rows, 1>(depth, a, a_row, a_column, b, b_row, c, c_row, add, fetcher);
+// Calls work(size, start) for tiles of `most` and one for what is left; the sizes are constants.
+template <int64_t most, class Work>
+inline void for_tiles(int64_t count, const Work& work) {
+  static_assert(most <= 6);
+  int64_t start = 0;
+  for (; start + most <= count; start += most) work(std::integral_constant<int64_t, most>(), start);
+  const auto rest = [&](auto size) {
+    if constexpr (size < most) work(size, start);
+  };
+  switch (count - start) {
+    case 5: return rest(std::integral_constant<int64_t, 5>());
+    case 4: return rest(std::integral_constant<int64_t, 4>());
+    case 3: return rest(std::integral_constant<int64_t, 3>());
+    case 2: return rest(std::integral_constant<int64_t, 2>());
+    case 1: return rest(std::integral_constant<int64_t, 1>());
   }
 }
 
@@ -178,15 +185,20 @@ inline void product_rows(int64_t depth, int64_t width, const float* a, int64_t a
 template <class Fetch = NoFetcher>
 inline void product(int64_t rows, int64_t depth, int64_t width, const float* a, int64_t a_row, int64_t a_column,
                     const float* b, int64_t b_row, float* c, int64_t c_row, bool add = false, Fetch&& fetcher = {}) {
-  for (; rows >= TILE_ROWS; rows -= TILE_ROWS, a += TILE_ROWS * a_row, c += TILE_ROWS * c_row)
-    product_rows<TILE_ROWS>(depth, width, a, a_row, a_column, b, b_row, c, c_row, add, fetcher);
-  switch (rows) {
-    case 5: return product_rows<5>(depth, width, a, a_row, a_column, b, b_row, c, c_row, add, fetcher);
-    case 4: return product_rows<4>(depth, width, a, a_row, a_column, b, b_row, c, c_row, add, fetcher);
-    case 3: return product_rows<3>(depth, width, a, a_row, a_column, b, b_row, c, c_row, add, fetcher);
-    case 2: return product_rows<2>(depth, width, a, a_row, a_column, b, b_row, c, c_row, add, fetcher);
-    case 1: return product_rows<1>(depth, width, a, a_row, a_column, b, b_row, c, c_row, add, fetcher);
-  }
+  const auto tile = [&](auto height, int64_t i, auto vectors, int64_t j) {
+    product_tile<height, vectors>(depth, a + i * a_row, a_row, a_column, b + j * LANES, b_row,
+                                  c + i * c_row + j * LANES, c_row, add, fetcher);
+  };
+  // The inner loop reads its factor anew each time, what the outer one is at stays in the first cache. Of rows of A
+  // that is the least to read; columns of A are no less than those of B, and share their lines with others.
+  if (a_column == 1)
+    for_tiles<TILE_VECTORS>(width / LANES, [&](auto vectors, int64_t j) {
+      for_tiles<TILE_ROWS>(rows, [&](auto height, int64_t i) { tile(height, i, vectors, j); });
+    });
+  else
+    for_tiles<TILE_ROWS>(rows, [&](auto height, int64_t i) {
+      for_tiles<TILE_VECTORS>(width / LANES, [&](auto vectors, int64_t j) { tile(height, i, vectors, j); });
+    });
 }
 
 // The lanes of two vectors that a transpose exchanges: of each pair of blocks of `step` lanes, the second of `a` with

@@ -301,13 +301,16 @@ class Band {
   // Adds the convolution to rows of `result`. Row t of it is sum_j kernel[j] states[t + j - before], of states within
   // `reach`.
   void convolve(int64_t first, int64_t rows, int64_t before, Head states, Reach reach, int64_t dim, Head result) const {
+    // Rows of the band overlap. A compiler that knew would keep what they share in the registers that sums need.
+    int64_t row = -1;
+    asm("" : "+r"(row));
     for (int64_t token = first; token < first + rows; token += TILE_ROWS) {
       const int64_t height = std::min(TILE_ROWS, first + rows - token);
       const int64_t from = std::max(token - before, reach.from),
                     end = std::min(token - before + taps_ + height - 1, reach.end);
       if (end <= from) continue;
       const float* band = padded_.data() + TILE_ROWS + from - (token - before);
-      product(height, end - from, dim, band, -1, 1, states.row(from), states.stride, result.row(token), result.stride,
+      product(height, end - from, dim, band, row, 1, states.row(from), states.stride, result.row(token), result.stride,
               true);
     }
   }
