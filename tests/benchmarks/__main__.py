@@ -5,9 +5,10 @@ python -m tests.benchmarks --longest 8192                        # everything up
 python -m tests.benchmarks --only kermit-forward kermit-decoding
 python -m tests.benchmarks --lengths 512 4096 --output bench
 
-"% of peak" is the rate of the multiplications that an algorithm needs, over the rate of a large matrix product, the best
-of those timed in between. Contenders that do not fit in memory or in --budget are skipped, and so are peers that are not installed;
-the output says so. On a machine with a CUDA device everything runs there.
+"% of peak" is the rate of the multiplications that an algorithm needs, over that of a large matrix product timed right
+after it; growth with length is that of time in such products. So a slow moment of the machine tips no scale. Contenders that do
+not fit in memory or in --budget are skipped, and so are peers that are not installed; the output says so. On a machine with a
+CUDA device everything runs there.
 
 More have their own command: tests.benchmarks.gpu (kernels for a GPU beside each other), tests.benchmarks.learning (what
 KERMIT's settings learn), tests.benchmarks.approximation (how close Nyström attention comes to softmax) and
@@ -88,14 +89,14 @@ def run(
         batches = []
         for batch in section.time(lengths, Limits(options.budget)) if lengths else ():
             roofline = measure_roofline().best(roofline)
-            print_batch(batch, roofline, section.axis)
+            print_batch(batch, section.axis)
             batches.append(batch)
         print(f"  {roofline}")
         results = [result for batch in batches for result in batch if isinstance(result, Result)]
         report[name] = {"machine": where, "roofline": roofline._asdict(), "missing_peers": missing_peers()}
-        report[name] |= as_json(batches, roofline) | {"growth": dict(exponents(results))}
+        report[name] |= as_json(batches) | {"growth": dict(exponents(results))}
         kept.write_text(json.dumps(report, indent=2))
-        holds &= check(section, results, roofline)
+        holds &= check(section, results)
         plot(section, results, roofline, where, options.output / f"{name}.png")
     print(f"\nresults and plots are in {options.output}")
     return 0 if holds else 1

@@ -17,6 +17,8 @@ import torch
 
 
 MIN_ROUNDS = 3
+# Edge of a square matrix large enough that its product runs at the machine's full rate; on a GPU or not.
+MATRIX_SIZE = {False: 1536, True: 8192}
 
 
 class Contender(NamedTuple):
@@ -30,7 +32,8 @@ class Contender(NamedTuple):
 
 @dataclass
 class Result:
-    """One contender at one length: seconds of each round and, where the system tells, peak bytes above the start."""
+    """One contender at one length: seconds of each round and, where the system tells, peak bytes above the start. pace:
+    multiplications a second of a large matrix product right after each round."""
 
     contender: str
     length: int
@@ -38,10 +41,16 @@ class Result:
     peak_bytes: int | None = None
     multiplications: int | None = None
     bytes: int | None = None
+    pace: list[float] | None = None
 
     @property
     def seconds(self) -> float:
         return statistics.median(self.rounds)
+
+    @property
+    def paced(self) -> float:
+        """Time by a clock that slows down with the machine: the multiplications that a large matrix product does meanwhile."""
+        return statistics.median(own * pace for own, pace in zip(self.rounds, self.pace, strict=True))
 
 
 @dataclass
@@ -98,7 +107,8 @@ def compare(
     """Times all contenders in turn until `max_rounds` rounds or `seconds` are spent, at least three rounds.
 
     The first run of each, not counted, warms up and measures memory. Before a run of less than a second comes another that
-    is not counted: as in a loop of training steps, the contender then finds its own memory, not that of the one before.
+    is not counted: as in a loop of training steps, the contender then finds its own memory, not that of the one before. After
+    each run comes a large matrix product, which tells how fast the machine is at that moment.
     Contenders that would not keep to `limits`, judging by their `earlier` results or by their first run, are skipped.
     """
     peaks: dict[object, int | None] = {}
@@ -119,6 +129,8 @@ def compare(
 
     timed = {name: contender for name, contender in contenders.items() if name not in skipped}
     rounds: dict[object, list[float]] = {name: [] for name in timed}
+    paces: dict[object, list[float]] = {name: [] for name in timed}
+    product = MatrixProduct()
     start = time.perf_counter()
     for done in range(max_rounds):
         if done >= MIN_ROUNDS and time.perf_counter() - start > seconds:
@@ -127,8 +139,9 @@ def compare(
             if not rounds[name] or rounds[name][-1] < 1.0:
                 contender.run()
             rounds[name].append(seconds_of(contender.run))
+            paces[name].append(product.rate())
     return [
-        skipped.get(name) or Result(name, length, rounds[name], peaks[name], *contender[1:])
+        skipped.get(name) or Result(name, length, rounds[name], peaks[name], *contender[1:], paces[name])
         for name, contender in contenders.items()
     ]
 
@@ -198,6 +211,18 @@ def seconds_of(run: Callable[[], object]) -> float:
     run()
     synchronize()
     return time.perf_counter() - start
+
+
+class MatrixProduct:
+    """A large product of square matrices of torch's default dtype, which everything else is measured against."""
+
+    def __init__(self):
+        size = MATRIX_SIZE[on_gpu()]
+        self._factors, self._result = (torch.randn(size, size), torch.randn(size, size)), torch.empty(size, size)
+
+    def rate(self) -> float:
+        """Multiplications a second, each with its addition."""
+        return self._result.shape[0] ** 3 / seconds_of(lambda: torch.matmul(*self._factors, out=self._result))
 
 
 def first_run(run: Callable[[], object]) -> tuple[float, int | None]:

@@ -10,7 +10,7 @@ from .roofline import Roofline
 from .targets import LABELS, exponents, share_of_peak
 
 
-def print_batch(batch: Sequence[Result | Skipped], roofline: Roofline, axis: str) -> None:
+def print_batch(batch: Sequence[Result | Skipped], axis: str) -> None:
     """One line for each contender: time, how many times faster than the first one with the quartiles over rounds, share of
     the matrix-product rate reached with the multiplications that are needed, memory."""
     base = batch[0]
@@ -24,26 +24,26 @@ def print_batch(batch: Sequence[Result | Skipped], roofline: Roofline, axis: str
             middle, low, high = ratio(base, result)
             columns.append(f"{middle:7.2f}x ({low:.2f} to {high:.2f}) {base.contender}")
         if result.multiplications:
-            columns.append(f"{share_of_peak(result, roofline):4.0%} of peak")
+            columns.append(f"{share_of_peak(result):4.0%} of peak")
         if result.peak_bytes is not None:
             columns.append(f"{result.peak_bytes / 2**20:7,.0f} MiB")
         print(f"{start} {'  '.join(columns)}  ({len(result.rounds)} rounds)", flush=True)
 
 
-def check(section: Section, results: Sequence[Result], roofline: Roofline) -> bool:
+def check(section: Section, results: Sequence[Result]) -> bool:
     """Prints how each contender grows and each target with the figure measured; False if one was measured and missed."""
     for name, fitted in exponents(results):
         grows = ", ".join(f"{LABELS[attribute]} ~ length^{exponent:.2f}" for attribute, exponent in fitted.items())
         print(f"  {name}: {grows}")
     holds = True
     for target in section.targets:
-        figure, met = target.check(results, roofline) or ("not measured", None)
+        figure, met = target.check(results) or ("not measured", None)
         print(f"  {({True: 'holds', False: 'MISSED', None: '-'})[met]:6}  {target}: {figure}")
         holds &= met is not False
     return holds
 
 
-def as_json(batches: Sequence[Sequence[Result | Skipped]], roofline: Roofline) -> dict[str, list[dict]]:
+def as_json(batches: Sequence[Sequence[Result | Skipped]]) -> dict[str, list[dict]]:
     """Results, with medians, ratios and shares of peak worked out, and what was skipped."""
     results, skipped = [], []
     for base, result in ((batch[0], result) for batch in batches for result in batch):
@@ -55,7 +55,7 @@ def as_json(batches: Sequence[Sequence[Result | Skipped]], roofline: Roofline) -
             middle, low, high = ratio(base, result)
             entry["ratio"] = {"to": base.contender, "median": middle, "quartiles": [low, high]}
         if result.multiplications:
-            entry["share_of_peak"] = share_of_peak(result, roofline)
+            entry["share_of_peak"] = share_of_peak(result)
         results.append(entry)
     return {"results": results, "skipped": skipped}
 

@@ -4,11 +4,11 @@ from typing import NamedTuple
 
 import torch
 
-from .measure import on_gpu, seconds_of
+from .measure import MatrixProduct, on_gpu, seconds_of
 
 
-# Far larger than any cache, and large enough that starting does not count.
-MATRIX_SIZE, COPIED_BYTES = {False: 2048, True: 8192}, {False: 256 * 2**20, True: 2**30}
+# Far larger than any cache; on a GPU or not.
+COPIED_BYTES = {False: 256 * 2**20, True: 2**30}
 
 
 class Roofline(NamedTuple):
@@ -26,13 +26,11 @@ class Roofline(NamedTuple):
         return f"matrix products {self.multiplications / 1e9:,.1f} G multiplications/s, copies {self.bytes / 1e9:,.1f} GB/s"
 
 
-def measure_roofline(repeats: int = 5, matrix_size: int | None = None, copied_bytes: int | None = None) -> Roofline:
-    """The best of `repeats` square matrix products and copies."""
-    size, count = matrix_size or MATRIX_SIZE[on_gpu()], copied_bytes or COPIED_BYTES[on_gpu()]
-    left, right = torch.randn(size, size), torch.randn(size, size)
-    product = torch.empty_like(left)
-    source = torch.ones(count, dtype=torch.uint8)
+def measure_roofline(repeats: int = 5) -> Roofline:
+    """The best of `repeats` matrix products and copies."""
+    product = MatrixProduct()
+    source = torch.ones(COPIED_BYTES[on_gpu()], dtype=torch.uint8)
     target = torch.empty_like(source)
-    multiply = min(seconds_of(lambda: torch.matmul(left, right, out=product)) for _ in range(1 + repeats))
+    multiplications = max(product.rate() for _ in range(1 + repeats))
     copy = min(seconds_of(lambda: target.copy_(source)) for _ in range(1 + repeats))
-    return Roofline(size**3 / multiply, 2 * count / copy)
+    return Roofline(multiplications, 2 * source.nbytes / copy)

@@ -1,4 +1,7 @@
-"""What has to hold, checked on the results of a section, and how time and memory grow."""
+"""What has to hold, checked on the results of a section, and how time and memory grow.
+
+Where different moments meet, another length or the machine's rate, time is that of `Result.paced`.
+"""
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -6,7 +9,6 @@ from typing import NamedTuple
 import torch
 
 from .measure import Result, ratio
-from .roofline import Roofline
 
 
 # Growth is fitted from this length on; over less than four times the length it is not fitted at all, noise would decide.
@@ -24,7 +26,7 @@ class Faster(NamedTuple):
     def __str__(self) -> str:
         return f"{self.contender} at least {self.ratio:g}x as fast as {self.rival} at {self.length:,}"
 
-    def check(self, results: Sequence[Result], roofline: Roofline) -> tuple[str, bool] | None:
+    def check(self, results: Sequence[Result]) -> tuple[str, bool] | None:
         """The figure measured and whether it holds; None where it was not measured. So do the other targets."""
         own, rival = (find(results, name, self.length) for name in (self.contender, self.rival))
         if own is None or rival is None:
@@ -42,7 +44,7 @@ class Flat(NamedTuple):
     def __str__(self) -> str:
         return f"{self.contender}: time at the greatest length at most {self.ratio:g} of that at the smallest"
 
-    def check(self, results: Sequence[Result], roofline: Roofline) -> tuple[str, bool] | None:
+    def check(self, results: Sequence[Result]) -> tuple[str, bool] | None:
         own = sorted((r.length, r.seconds) for r in results if r.contender == self.contender)
         if len(own) < 2:
             return None
@@ -60,20 +62,21 @@ class OfPeak(NamedTuple):
     def __str__(self) -> str:
         return f"{self.contender}: at least {self.share:.0%} of peak at {self.lengths[0]:,} to {self.lengths[-1]:,}"
 
-    def check(self, results: Sequence[Result], roofline: Roofline) -> tuple[str, bool] | None:
+    def check(self, results: Sequence[Result]) -> tuple[str, bool] | None:
         own = [result for length in self.lengths if (result := find(results, self.contender, length))]
         if not own:
             return None
-        lowest = min(share_of_peak(result, roofline) for result in own)
+        lowest = min(share_of_peak(result) for result in own)
         return f"{lowest:.0%} at least", lowest >= self.share
 
 
-def share_of_peak(result: Result, roofline: Roofline) -> float:
-    return result.multiplications / result.seconds / roofline.multiplications
+def share_of_peak(result: Result) -> float:
+    """The rate of the multiplications that are needed over that of a large matrix product, timed in turn."""
+    return result.multiplications / result.paced
 
 
 class Growth(NamedTuple):
-    """`attribute` of `contender`, "seconds" or "peak_bytes", grows at most as length^exponent from 4,096 tokens on."""
+    """`attribute` of `contender`, "paced" or "peak_bytes", grows at most as length^exponent from 4,096 tokens on."""
 
     contender: str
     attribute: str
@@ -82,12 +85,12 @@ class Growth(NamedTuple):
     def __str__(self) -> str:
         return f"{self.contender}: {LABELS[self.attribute]} grows at most as length^{self.exponent:g}"
 
-    def check(self, results: Sequence[Result], roofline: Roofline) -> tuple[str, bool] | None:
+    def check(self, results: Sequence[Result]) -> tuple[str, bool] | None:
         exponent = growth_exponent(results, self.contender, self.attribute)
         return None if exponent is None else (f"length^{exponent:.2f}", exponent <= self.exponent)
 
 
-LABELS = {"seconds": "time", "peak_bytes": "memory"}
+LABELS = {"paced": "time", "peak_bytes": "memory"}
 
 
 def growing(exponent: float, *contenders: str) -> tuple[Growth, ...]:
@@ -107,7 +110,7 @@ def exponents(results: Sequence[Result]) -> Iterator[tuple[str, dict[str, float]
             yield name, {attribute: exponent for attribute, exponent in fitted.items() if exponent is not None}
 
 
-def growth_exponent(results: Sequence[Result], contender: str, attribute: str = "seconds") -> float | None:
+def growth_exponent(results: Sequence[Result], contender: str, attribute: str = "paced") -> float | None:
     """Slope of log(attribute) against log(length) from 4,096 tokens on: 1 is linear, 2 quadratic. None where lengths span
     too little, or the attribute was not measured."""
     points = [(r.length, getattr(r, attribute)) for r in results if r.contender == contender and r.length >= SHORTEST]

@@ -11,16 +11,20 @@ import torch
 from . import __main__ as entry
 from . import decoding, kermit, measure, models, nystrom_decoder, nystrom_encoder, peers, report, targets
 from .decoding import Decoder, Place, compare_decoding
-from .measure import Contender, Limits, Result, Section, Skipped, by_length, compare
+from .measure import Contender, Limits, MatrixProduct, Result, Section, Skipped, by_length, compare
 from .roofline import Roofline, measure_roofline
 
 
 PATIENT = Limits(seconds=1000.0)
-ROOFLINE = Roofline(multiplications=50.0, bytes=1.0)
+
+
+@pytest.fixture(autouse=True)
+def small_products(monkeypatch):
+    monkeypatch.setitem(measure.MATRIX_SIZE, False, 64)
 
 
 def result(contender: str, length: int, *rounds: float, peak_bytes: int | None = None) -> Result:
-    return Result(contender, length, list(rounds), peak_bytes)
+    return Result(contender, length, list(rounds), peak_bytes, pace=[50.0] * len(rounds))
 
 
 def out_of_memory():
@@ -125,7 +129,7 @@ print([type(r).__name__ for r in measure.compare(contenders, 1, measure.Limits(b
 
 
 def test_roofline_of_this_machine():
-    roofline = measure_roofline(repeats=2, matrix_size=64, copied_bytes=2**20)
+    roofline = measure_roofline(repeats=2)
     assert roofline.multiplications > 1e6
     assert roofline.bytes > 1e6
 
@@ -140,57 +144,93 @@ def test_growth_is_fitted_from_4096_tokens_on(exponent):
     short = [result("a", 512, 1.0, peak_bytes=10**9)]
     assert targets.growth_exponent(results + short, "a") == pytest.approx(exponent)
     time, memory = targets.growing(1.1, "a")
-    assert time.check(results + short, ROOFLINE)[1] == (exponent <= 1.1)
-    assert memory.check(results + short, ROOFLINE) == ("length^1.00", True)
+    assert time.check(results + short)[1] == (exponent <= 1.1)
+    assert memory.check(results + short) == ("length^1.00", True)
 
 
 def test_growth_is_not_fitted_over_too_short_a_span_or_without_figures():
     results = [result("a", n, 1e-3 * n) for n in (2048, 4096, 8192)]
     assert targets.growth_exponent(results, "a") is None
-    assert targets.Growth("a", "peak_bytes", 1.1).check([*results, result("a", 16384, 16.0)], ROOFLINE) is None
+    assert targets.Growth("a", "peak_bytes", 1.1).check([*results, result("a", 16384, 16.0)]) is None
+
+
+def test_a_slow_moment_of_the_machine_changes_neither_share_nor_growth():
+    """Half as fast in every second round, and from 8,192 tokens on."""
+
+    def results_of(slowness: dict[int, list[int]]) -> list[Result]:
+        return [
+            Result("a", n, [n / 1e3 * f for f in factors], None, 20 * n, pace=[40e3 / f for f in factors])
+            for n, factors in slowness.items()
+        ]
+
+    steady = results_of({4096: [1, 1, 1, 1], 8192: [1, 1, 1, 1], 16384: [1, 1, 1, 1]})
+    slow = results_of({4096: [1, 2, 1, 2], 8192: [2, 2, 2, 2], 16384: [4, 2, 2, 4]})
+    for results in (steady, slow):
+        assert [targets.share_of_peak(r) for r in results] == pytest.approx([0.5] * 3)
+        assert targets.growth_exponent(results, "a") == pytest.approx(1.0)
+
+
+def test_every_round_has_the_rate_of_a_product_beside_it(monkeypatch):
+    rates = iter([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
+    monkeypatch.setattr(MatrixProduct, "rate", lambda self: next(rates))
+    first, second = compare({name: Contender(lambda: None) for name in "ab"}, 5, PATIENT, max_rounds=3)
+    assert (first.pace, second.pace) == ([1.0, 3.0, 5.0], [2.0, 4.0, 6.0])
+    assert first.paced == pytest.approx(sorted(t * p for t, p in zip(first.rounds, first.pace, strict=True))[1])
+
+
+def test_a_product_is_of_the_size_and_takes_the_time(monkeypatch):
+    products = []
+
+    def half_a_second(run) -> float:
+        products.append(run())
+        return 0.5
+
+    monkeypatch.setattr(measure, "seconds_of", half_a_second)
+    assert MatrixProduct().rate() == 64**3 / 0.5
+    assert [product.shape for product in products] == [(64, 64)]
 
 
 def test_faster_and_flat_say_what_was_measured():
     results = [result("a", 10, 1.0), result("b", 10, 3.0), result("a", 20, 1.2)]
-    assert targets.Faster("a", "b", 10, 2.0).check(results, ROOFLINE) == ("3.0x", True)
-    assert targets.Faster("a", "b", 10, 4.0).check(results, ROOFLINE)[1] is False
-    assert targets.Faster("a", "b", 20, 2.0).check(results, ROOFLINE) is None
-    assert targets.Flat("a", 1.1).check(results, ROOFLINE) == ("1.20, 20 over 10", False)
+    assert targets.Faster("a", "b", 10, 2.0).check(results) == ("3.0x", True)
+    assert targets.Faster("a", "b", 10, 4.0).check(results)[1] is False
+    assert targets.Faster("a", "b", 20, 2.0).check(results) is None
+    assert targets.Flat("a", 1.1).check(results) == ("1.20, 20 over 10", False)
 
 
 def test_share_of_peak_is_the_lowest_of_the_lengths_that_were_measured():
-    results = [Result("a", 10, [1.0], None, 40), Result("a", 20, [2.0], None, 60)]
-    assert targets.OfPeak("a", (10, 20, 40), 0.6).check(results, ROOFLINE) == ("60% at least", True)
-    assert targets.OfPeak("a", (10, 20, 40), 0.7).check(results, ROOFLINE) == ("60% at least", False)
-    assert targets.OfPeak("a", (40,), 0.5).check(results, ROOFLINE) is None
+    results = [Result("a", 10, [1.0], None, 40, pace=[50.0]), Result("a", 20, [2.0], None, 60, pace=[50.0])]
+    assert targets.OfPeak("a", (10, 20, 40), 0.6).check(results) == ("60% at least", True)
+    assert targets.OfPeak("a", (10, 20, 40), 0.7).check(results) == ("60% at least", False)
+    assert targets.OfPeak("a", (40,), 0.5).check(results) is None
 
 
 def test_a_missed_target_fails_the_run_and_one_without_figures_does_not(capsys):
     results = [result("a", 10, 1.0), result("b", 10, 3.0)]
     held, missed, unmeasured = (targets.Faster("a", "b", n, r) for n, r in ((10, 2.0), (10, 4.0), (20, 2.0)))
-    assert report.check(Section("", None, (), (held, unmeasured)), results, ROOFLINE)
-    assert not report.check(Section("", None, (), (held, missed)), results, ROOFLINE)
+    assert report.check(Section("", None, (), (held, unmeasured)), results)
+    assert not report.check(Section("", None, (), (held, missed)), results)
     lines = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
     assert lines == ["holds", "-", "holds", "MISSED"]
 
 
 def test_share_of_peak_and_ratio_are_printed_and_kept(capsys):
-    base = Result("base", 10, [4.0, 4.0], 2**20, multiplications=100, bytes=8)
-    own = Result("own", 10, [2.0, 2.0], 2**21, multiplications=50, bytes=8)
+    base = Result("base", 10, [4.0, 4.0], 2**20, multiplications=100, bytes=8, pace=[50.0, 50.0])
+    own = Result("own", 10, [2.0, 2.0], 2**21, multiplications=50, bytes=8, pace=[50.0, 50.0])
     batch = [base, own, Skipped("peer", 10, "out of memory")]
-    report.print_batch(batch, ROOFLINE, "tokens")
+    report.print_batch(batch, "tokens")
     lines = capsys.readouterr().out.splitlines()
     assert "2.00x (2.00 to 2.00) base" in lines[1]
     assert "50% of peak" in lines[1]
     assert lines[2].endswith("skipped: out of memory")
-    kept = report.as_json([batch], ROOFLINE)
+    kept = report.as_json([batch])
     assert kept["results"][1]["ratio"] == {"to": "base", "median": 2.0, "quartiles": [2.0, 2.0]}
     assert kept["results"][1]["share_of_peak"] == 0.5
     assert kept["skipped"] == [{"contender": "peer", "length": 10, "reason": "out of memory"}]
 
 
 def test_without_its_base_a_batch_has_no_ratios(capsys):
-    report.print_batch([Skipped("base", 10, "out of memory"), result("own", 10, 1.0)], Roofline(1.0, 1.0), "tokens")
+    report.print_batch([Skipped("base", 10, "out of memory"), result("own", 10, 1.0)], "tokens")
     assert " x" not in capsys.readouterr().out.splitlines()[1]
 
 
@@ -253,13 +293,11 @@ def test_missing_peers_are_named_and_left_out(tmp_path, monkeypatch, capsys, qui
     }
 
 
-def test_shares_of_peak_are_of_the_best_rate_of_the_whole_run(tmp_path, quick, monkeypatch):
+def test_the_roofline_is_the_best_of_the_whole_run(tmp_path, quick, monkeypatch):
     rates = iter([1e9, 4e9, 2e9])
     monkeypatch.setattr(entry, "measure_roofline", lambda: Roofline(next(rates), 1e9))
     section = run_entry(tmp_path, "--only", "nystrom-prefill", "--lengths", "64", "128")["nystrom-prefill"]
     assert section["roofline"]["multiplications"] == 4e9
-    for kept in section["results"]:
-        assert kept["share_of_peak"] == pytest.approx(kept["multiplications"] / kept["seconds"] / 4e9)
 
 
 def test_a_section_is_printed_kept_and_drawn(tmp_path, quick, capsys):
