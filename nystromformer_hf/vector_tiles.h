@@ -104,21 +104,35 @@ inline Vector exponential(Vector x) {
 
 // What a product fetches while it computes: nothing.
 struct NoFetcher {
-  void fetch_line() {}
+  void begin_tile() {}
+  void step(int64_t) {}
 };
 
 // Fetches a matrix (rows, width), whose rows lie `stride` apart, line by line into a core's second cache. Only so many
-// lines can be on the way, and many at once hold up other reading: a product asks for one at every second step. With
-// shorter vectors a step is too short for that, and fetching costs more than it saves.
+// lines can be on the way, and many at once hold up other reading: a product asks for one at every second step of a
+// tile. With shorter vectors a step is too short for more than itself, and a tile begins with a few lines.
 class Fetcher {
  public:
   Fetcher() = default;  // of nothing
   Fetcher(int64_t rows, int64_t width, const float* from, int64_t stride)
       : line_(from), end_(from + width), width_(width), stride_(stride), rows_(rows) {}
 
-  // A call would push a product's sums out of the registers.
+  // Calls would push a product's sums out of the registers.
+  __attribute__((always_inline)) void begin_tile() {
+    if constexpr (LANES < 16)
+      for (int64_t i = 0; i < 8; i++) fetch_line();
+  }
+
+  __attribute__((always_inline)) void step(int64_t index) {
+    if constexpr (LANES >= 16)
+      if (index % 2) fetch_line();
+  }
+
+ private:
+  static constexpr int64_t LINE = 64 / sizeof(float);
+
   __attribute__((always_inline)) void fetch_line() {
-    if (LANES < 16 || rows_ <= 0) return;
+    if (rows_ <= 0) return;
     __builtin_prefetch(line_, 0, 2);
     line_ += LINE;
     if (line_ < end_) return;
@@ -127,8 +141,6 @@ class Fetcher {
     rows_--;
   }
 
- private:
-  static constexpr int64_t LINE = 64 / sizeof(float);
   const float *line_ = nullptr, *end_ = nullptr;
   int64_t width_ = 0, stride_ = 0, rows_ = 0;
 };
@@ -142,8 +154,9 @@ inline void product_tile(int64_t depth, const float* a, int64_t a_row, int64_t a
 #pragma GCC unroll 4
     for (int64_t j = 0; j < vectors; j++) sums[i][j] = add ? load(c + i * c_row + j * LANES) : Vector{};
   auto local = fetcher;  // in registers
+  local.begin_tile();
   for (int64_t k = 0; k < depth; k++) {
-    if (k % 2) local.fetch_line();
+    local.step(k);
     Vector columns[vectors];
 #pragma GCC unroll 4
     for (int64_t j = 0; j < vectors; j++) columns[j] = load(b + k * b_row + j * LANES);
