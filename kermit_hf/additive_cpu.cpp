@@ -5,7 +5,6 @@
 // stays in the caches. The feature map elu(x) + 1 is taken while the tokens of a chunk are packed. Below, q and k are
 // features.
 
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -15,11 +14,13 @@
 #include <tuple>
 #include <utility>
 
+#include "tasks.h"
 #include "tensors.h"
 #include "vector_tiles.h"
 
 namespace {
 
+using namespace tasks;
 using namespace tensors;
 using namespace tiles;
 using at::Tensor;
@@ -397,9 +398,9 @@ std::tuple<Tensor, Tensor, Tensor> additive_forward(const Tensor& query, const T
   const Reading reading(sizes, elu, divide, query, key, value, log_forget, keep, numerator, denominator);
   float *matrices = matrix.data_ptr<float>(), *normalizers = normalizer.data_ptr<float>();
   float* kept = memories.data_ptr<float>();
-  at::parallel_for(0, sizes.batch * sizes.kv_heads, 1, [&](int64_t begin, int64_t end) {
+  in_parallel(sizes.batch * sizes.kv_heads, [&](const Tasks& tasks) {
     Reader reader(reading);
-    for (int64_t i = begin; i < end; i++) {
+    for (const int64_t i : tasks) {
       const int64_t at = i * sizes.features;
       reader.run(i / sizes.kv_heads, i % sizes.kv_heads, matrices + at * sizes.dims, normalizers + at,
                  keeps ? kept + i * sizes.spans() * sizes.kept_size() : nullptr);
@@ -680,9 +681,9 @@ std::tuple<Tensor, Tensor, Tensor, std::optional<Tensor>> additive_backward(
       Tokens(grad_key), Tokens(grad_value),        tokens_of(grad_log_forget)};
   const float* kept = memories.data_ptr<float>();
   float *grad_matrices = grad_matrix.data_ptr<float>(), *grad_normalizers = grad_normalizer.data_ptr<float>();
-  at::parallel_for(0, sizes.batch * sizes.kv_heads, 1, [&](int64_t begin, int64_t end) {
+  in_parallel(sizes.batch * sizes.kv_heads, [&](const Tasks& tasks) {
     Differentiator differentiator(gradients);
-    for (int64_t i = begin; i < end; i++) {
+    for (const int64_t i : tasks) {
       const int64_t at = i * sizes.features;
       differentiator.run(i / sizes.kv_heads, i % sizes.kv_heads, kept + i * sizes.spans() * sizes.kept_size(),
                          grad_matrices + at * sizes.dims, grad_normalizers + at);

@@ -7,7 +7,6 @@
 //
 // Triangular matrices, rows CHUNK apart, hold blocks on and below the diagonal only; what is above them is never read.
 
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -19,11 +18,13 @@
 #include <utility>
 #include <vector>
 
+#include "tasks.h"
 #include "tensors.h"
 #include "vector_tiles.h"
 
 namespace {
 
+using namespace tasks;
 using namespace tensors;
 using namespace tiles;
 
@@ -433,10 +434,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> delta_forward(
   float* final = last.data_ptr<float>();
   float* kept = memories.data_ptr<float>();
 
-  at::parallel_for(0, sizes.batch * sizes.kv_heads, 1, [&](int64_t begin, int64_t end) {
+  in_parallel(sizes.batch * sizes.kv_heads, [&](const Tasks& tasks) {
     const int64_t wide_features = sizes.wide_features(), dim = sizes.wide_dim();
     ForwardBuffers buffers(wide_features, dim);
-    for (int64_t memory = begin; memory < end; memory++) {
+    for (const int64_t memory : tasks) {
       const int64_t batch = memory / sizes.kv_heads, head = memory % sizes.kv_heads;
       std::fill(buffers.memory + 0, buffers.memory + wide_features * dim, 0.0f);
       if (initial != nullptr) unpack(features, head_dim, head_dim, initial + memory * memory_size, buffers.memory, dim);
@@ -688,10 +689,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
   const float *kept = memories.data_ptr<float>(), *grad_after = grad_last.data_ptr<float>();
   float* first = grad_first.data_ptr<float>();
 
-  at::parallel_for(0, sizes.batch * sizes.kv_heads, 1, [&](int64_t begin, int64_t end) {
+  in_parallel(sizes.batch * sizes.kv_heads, [&](const Tasks& tasks) {
     const int64_t wide_features = sizes.wide_features(), dim = sizes.wide_dim();
     BackwardBuffers buffers(wide_features, dim);
-    for (int64_t memory = begin; memory < end; memory++) {
+    for (const int64_t memory : tasks) {
       const int64_t batch = memory / sizes.kv_heads, head = memory % sizes.kv_heads;
       pack_wide(features, wide_features, head_dim, dim, grad_after + memory * memory_size, head_dim,
                 buffers.grad_memory);
@@ -731,18 +732,21 @@ void rms_norm_forward(const at::Tensor& states, const at::Tensor& weight, double
   if (!result.is_same(states)) in_huge_pages(result);
   const float *from = states.data_ptr<float>(), *weights = weight.data_ptr<float>();
   float* to = result.data_ptr<float>();
-  at::parallel_for(0, (rows + NORM_ROWS - 1) / NORM_ROWS, 1, [&](int64_t begin, int64_t end) {
+  in_parallel((rows + NORM_ROWS - 1) / NORM_ROWS, [&](const Tasks& tasks) {
     Scratch x(CHUNK * wide), scale(wide);
     float factors[CHUNK];
     pack_wide(1, 1, width, wide, weights, width, scale);
-    for (int64_t row = begin * NORM_ROWS; row < std::min(end * NORM_ROWS, rows); row += CHUNK) {
-      const int64_t count = std::min(CHUNK, rows - row);
-      pack_wide(count, CHUNK, width, wide, from + row * width, width, x);
-      norm_factors(CHUNK, width, wide, x, static_cast<float>(eps), factors);
-      for (int64_t i = 0; i < count; i++)
-        for (int64_t j = 0; j < wide; j += LANES)
-          store(x + i * wide + j, load(scale + j) * (factors[i] * load(x + i * wide + j)));
-      unpack(count, width, wide, x, to + row * width, width);
+    for (const int64_t block : tasks) {
+      const int64_t last = std::min((block + 1) * NORM_ROWS, rows);
+      for (int64_t row = block * NORM_ROWS; row < last; row += CHUNK) {
+        const int64_t count = std::min(CHUNK, last - row);
+        pack_wide(count, CHUNK, width, wide, from + row * width, width, x);
+        norm_factors(CHUNK, width, wide, x, static_cast<float>(eps), factors);
+        for (int64_t i = 0; i < count; i++)
+          for (int64_t j = 0; j < wide; j += LANES)
+            store(x + i * wide + j, load(scale + j) * (factors[i] * load(x + i * wide + j)));
+        unpack(count, width, wide, x, to + row * width, width);
+      }
     }
   });
 }
@@ -769,31 +773,34 @@ std::tuple<at::Tensor, at::Tensor> rms_norm_backward(const at::Tensor& states, c
   float *to = grad_states.data_ptr<float>(), *total = grad_weight.data_ptr<float>();
   Scratch sums(blocks * wide);
   std::fill(sums + 0, sums + blocks * wide, 0.0f);
-  at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+  in_parallel(blocks, [&](const Tasks& tasks) {
     Scratch x(CHUNK * wide), g(CHUNK * wide), scale(wide);
     float factors[CHUNK], along[CHUNK];
     pack_wide(1, 1, width, wide, weights, width, scale);
-    for (int64_t row = begin * NORM_ROWS; row < std::min(end * NORM_ROWS, rows); row += CHUNK) {
-      const int64_t count = std::min(CHUNK, rows - row);
-      float* sum = sums + row / NORM_ROWS * wide;
-      pack_wide(count, CHUNK, width, wide, from + row * width, width, x);
-      gather_rows(grad, row, count, wide, g);
-      std::fill(g + count * wide, g + CHUNK * wide, 0.0f);
-      norm_factors(CHUNK, width, wide, x, static_cast<float>(eps), factors);
-      for (int64_t i = 0; i < CHUNK; i++)
-        for (int64_t j = 0; j < wide; j += LANES) {
-          const Vector n = factors[i] * load(x + i * wide + j), d = load(g + i * wide + j);
-          store(sum + j, load(sum + j) + d * n);
-          store(x + i * wide + j, n);
-          store(g + i * wide + j, load(scale + j) * d);
-        }
-      row_products(CHUNK, wide, x, g, along);
-      for (int64_t i = 0; i < count; i++)
-        for (int64_t j = 0; j < wide; j += LANES) {
-          const Vector across = load(g + i * wide + j) - along[i] / width * load(x + i * wide + j);
-          store(g + i * wide + j, factors[i] * across);
-        }
-      unpack(count, width, wide, g, to + row * width, width);
+    for (const int64_t block : tasks) {
+      const int64_t last = std::min((block + 1) * NORM_ROWS, rows);
+      float* sum = sums + block * wide;
+      for (int64_t row = block * NORM_ROWS; row < last; row += CHUNK) {
+        const int64_t count = std::min(CHUNK, last - row);
+        pack_wide(count, CHUNK, width, wide, from + row * width, width, x);
+        gather_rows(grad, row, count, wide, g);
+        std::fill(g + count * wide, g + CHUNK * wide, 0.0f);
+        norm_factors(CHUNK, width, wide, x, static_cast<float>(eps), factors);
+        for (int64_t i = 0; i < CHUNK; i++)
+          for (int64_t j = 0; j < wide; j += LANES) {
+            const Vector n = factors[i] * load(x + i * wide + j), d = load(g + i * wide + j);
+            store(sum + j, load(sum + j) + d * n);
+            store(x + i * wide + j, n);
+            store(g + i * wide + j, load(scale + j) * d);
+          }
+        row_products(CHUNK, wide, x, g, along);
+        for (int64_t i = 0; i < count; i++)
+          for (int64_t j = 0; j < wide; j += LANES) {
+            const Vector across = load(g + i * wide + j) - along[i] / width * load(x + i * wide + j);
+            store(g + i * wide + j, factors[i] * across);
+          }
+        unpack(count, width, wide, g, to + row * width, width);
+      }
     }
   });
   for (int64_t j = 0; j < width; j++) {

@@ -1,7 +1,6 @@
 // The feature map "favor": projection, stabiliser and exponential while a few rows of features are in the caches.
 // Formulas: `FavorFeatureMap`.
 
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -9,11 +8,13 @@
 #include <cmath>
 #include <tuple>
 
+#include "tasks.h"
 #include "tensors.h"
 #include "vector_tiles.h"
 
 namespace {
 
+using namespace tasks;
 using namespace tensors;
 using namespace tiles;
 using at::Tensor;
@@ -41,9 +42,9 @@ struct Sizes {
   template <class Make>
   void for_tiles(Make make) const {
     const int64_t blocks = (length + BLOCK - 1) / BLOCK;
-    at::parallel_for(0, batch * heads * blocks, 1, [&](int64_t begin, int64_t end) {
+    in_parallel(batch * heads * blocks, [&](const Tasks& tasks) {
       auto visit = make();
-      for (int64_t i = begin; i < end; i++) {
+      for (const int64_t i : tasks) {
         const int64_t row = i / blocks, first = i % blocks * BLOCK, last = std::min(first + BLOCK, length);
         for (int64_t token = first; token < last; token += TILE_ROWS)
           visit(row / heads, row % heads, token, std::min(TILE_ROWS, last - token));

@@ -148,13 +148,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> window_forward(
   at::Tensor share = at::empty_like(largest);
   const Rows outputs(output), most(largest), shares(share);
 
-  for_tasks(problem, [&](int64_t begin, int64_t end) {
+  for_tasks(problem, [&](const Tasks& tasks) {
     Seen seen(problem, parts);
     Block block(problem.dim, problem.width());
     const auto take = [&](const Band& band, const float* keys, const float* values, int64_t) {
       block.take_keys(band, keys, values);
     };
-    for (int64_t index = begin; index < end; index++) {
+    for (const int64_t index : tasks) {
       const Task task(problem, index);
       if (task.queries.count()) seen.take(task);
       for_blocks(problem, task, [&](int64_t head, const Place& place) {

@@ -195,12 +195,12 @@ window_backward(const at::Tensor& query, const at::Tensor& key, const at::Tensor
       grad_far_logits(Rows(grad_far_logit).numbered_from(problem.first_far()));
   const int64_t dim = problem.dim, width = problem.width();
 
-  for_tasks(problem, [&](int64_t begin, int64_t end) {
+  for_tasks(problem, [&](const Tasks& tasks) {
     Seen seen(problem, parts);
     const Scratch key_sums(problem.most_keys() * width), value_sums(problem.most_keys() * width);
     const Scratch sink_sums(2 * problem.sinks * width);
     GradientBlock block(dim, width);
-    for (int64_t index = begin; index < end; index++) {
+    for (const int64_t index : tasks) {
       const Task task(problem, index);
       const Range reach = task.reach(problem);
       seen.take(task);
@@ -246,8 +246,8 @@ window_backward(const at::Tensor& query, const at::Tensor& key, const at::Tensor
   });
 
   // Each span takes what its neighbours have for it.
-  for_tasks(problem, [&](int64_t begin, int64_t end) {
-    for (int64_t index = begin; index < end; index++) {
+  for_tasks(problem, [&](const Tasks& tasks) {
+    for (const int64_t index : tasks) {
       const Task task(problem, index);
       for (const bool is_value : {false, true}) {
         const Rows own = (is_value ? grad_values : grad_keys).of(task.batch, task.kv_head);

@@ -10,16 +10,17 @@
 
 #pragma once
 
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 
 #include <optional>
 #include <utility>
 
+#include "tasks.h"
 #include "vector_tiles.h"
 
 namespace window {
 
+using namespace tasks;
 using namespace tiles;
 
 constexpr int64_t BLOCK = 64, SPAN = 8 * BLOCK;
@@ -198,7 +199,7 @@ struct Task {
 template <class Function>
 void for_tasks(const Problem& problem, Function function) {
   const int64_t count = problem.batch * problem.spans() * problem.kv_heads;
-  at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) { function(begin, end); });
+  in_parallel(count, function);
 }
 
 // Rows `range` one after the other, `width` apart, with zeros up to it and for rows outside of `present`.

@@ -4,7 +4,6 @@
 // what landmarks gather over all spans is added up in their order, so that results do not depend on the number of
 // threads. The (landmarks, landmarks) matrices of a head lie in rows of `width` floats.
 
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
@@ -14,11 +13,13 @@
 #include <tuple>
 #include <vector>
 
+#include "tasks.h"
 #include "vector_tiles.h"
 
 namespace {
 
 using at::Tensor;
+using namespace tasks;
 using namespace tiles;
 
 constexpr int64_t BLOCK = 48, SPAN = 1056, TAPS_AT_ONCE = 11;
@@ -64,16 +65,16 @@ Sizes sizes_of(const Tensor& states, int64_t landmarks, const std::optional<Tens
 // Calls work(batch, head) for every head, in parallel.
 template <class Work>
 void for_heads(const Sizes& sizes, const Work& work) {
-  at::parallel_for(0, sizes.batch * sizes.heads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; task++) work(task / sizes.heads, task % sizes.heads);
+  in_parallel(sizes.batch * sizes.heads, [&](const Tasks& tasks) {
+    for (const int64_t task : tasks) work(task / sizes.heads, task % sizes.heads);
   });
 }
 
 // Calls work(batch, head, span, first token, token behind the last) for every span of every head, in parallel.
 template <class Work>
 void for_spans(const Sizes& sizes, const Work& work) {
-  at::parallel_for(0, sizes.batch * sizes.heads * sizes.spans, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; task++) {
+  in_parallel(sizes.batch * sizes.heads * sizes.spans, [&](const Tasks& tasks) {
+    for (const int64_t task : tasks) {
       const int64_t head = task / sizes.spans, span = task % sizes.spans;
       work(head / sizes.heads, head % sizes.heads, span, span * SPAN, std::min((span + 1) * SPAN, sizes.tokens));
     }

@@ -17,6 +17,7 @@ SHARED = [
     "kernel_choice.py",
     "triton_tiles.py",
     "validation.py",
+    "tasks.h",
     "vector_tiles.h",
 ]
 SHARED_BY_DEMOS = ["classification.py", "generation.py", "record.py", "sources.py", "training.py"]
