@@ -398,9 +398,9 @@ std::tuple<Tensor, Tensor, Tensor> additive_forward(const Tensor& query, const T
   const Reading reading(sizes, elu, divide, query, key, value, log_forget, keep, numerator, denominator);
   float *matrices = matrix.data_ptr<float>(), *normalizers = normalizer.data_ptr<float>();
   float* kept = memories.data_ptr<float>();
-  in_parallel(sizes.batch * sizes.kv_heads, [&](const Tasks& tasks) {
+  in_parallel(sizes.batch * sizes.kv_heads, [&](Tasks tasks) {
     Reader reader(reading);
-    for (const int64_t i : tasks) {
+    for (int64_t i; tasks.next(i);) {
       const int64_t at = i * sizes.features;
       reader.run(i / sizes.kv_heads, i % sizes.kv_heads, matrices + at * sizes.dims, normalizers + at,
                  keeps ? kept + i * sizes.spans() * sizes.kept_size() : nullptr);
@@ -681,9 +681,9 @@ std::tuple<Tensor, Tensor, Tensor, std::optional<Tensor>> additive_backward(
       Tokens(grad_key), Tokens(grad_value),        tokens_of(grad_log_forget)};
   const float* kept = memories.data_ptr<float>();
   float *grad_matrices = grad_matrix.data_ptr<float>(), *grad_normalizers = grad_normalizer.data_ptr<float>();
-  in_parallel(sizes.batch * sizes.kv_heads, [&](const Tasks& tasks) {
+  in_parallel(sizes.batch * sizes.kv_heads, [&](Tasks tasks) {
     Differentiator differentiator(gradients);
-    for (const int64_t i : tasks) {
+    for (int64_t i; tasks.next(i);) {
       const int64_t at = i * sizes.features;
       differentiator.run(i / sizes.kv_heads, i % sizes.kv_heads, kept + i * sizes.spans() * sizes.kept_size(),
                          grad_matrices + at * sizes.dims, grad_normalizers + at);

@@ -434,10 +434,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> delta_forward(
   float* final = last.data_ptr<float>();
   float* kept = memories.data_ptr<float>();
 
-  in_parallel(sizes.batch * sizes.kv_heads, [&](const Tasks& tasks) {
+  in_parallel(sizes.batch * sizes.kv_heads, [&](Tasks tasks) {
     const int64_t wide_features = sizes.wide_features(), dim = sizes.wide_dim();
     ForwardBuffers buffers(wide_features, dim);
-    for (const int64_t memory : tasks) {
+    for (int64_t memory; tasks.next(memory);) {
       const int64_t batch = memory / sizes.kv_heads, head = memory % sizes.kv_heads;
       std::fill(buffers.memory + 0, buffers.memory + wide_features * dim, 0.0f);
       if (initial != nullptr) unpack(features, head_dim, head_dim, initial + memory * memory_size, buffers.memory, dim);
@@ -689,10 +689,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
   const float *kept = memories.data_ptr<float>(), *grad_after = grad_last.data_ptr<float>();
   float* first = grad_first.data_ptr<float>();
 
-  in_parallel(sizes.batch * sizes.kv_heads, [&](const Tasks& tasks) {
+  in_parallel(sizes.batch * sizes.kv_heads, [&](Tasks tasks) {
     const int64_t wide_features = sizes.wide_features(), dim = sizes.wide_dim();
     BackwardBuffers buffers(wide_features, dim);
-    for (const int64_t memory : tasks) {
+    for (int64_t memory; tasks.next(memory);) {
       const int64_t batch = memory / sizes.kv_heads, head = memory % sizes.kv_heads;
       pack_wide(features, wide_features, head_dim, dim, grad_after + memory * memory_size, head_dim,
                 buffers.grad_memory);
@@ -732,11 +732,11 @@ void rms_norm_forward(const at::Tensor& states, const at::Tensor& weight, double
   if (!result.is_same(states)) in_huge_pages(result);
   const float *from = states.data_ptr<float>(), *weights = weight.data_ptr<float>();
   float* to = result.data_ptr<float>();
-  in_parallel((rows + NORM_ROWS - 1) / NORM_ROWS, [&](const Tasks& tasks) {
+  in_parallel((rows + NORM_ROWS - 1) / NORM_ROWS, [&](Tasks tasks) {
     Scratch x(CHUNK * wide), scale(wide);
     float factors[CHUNK];
     pack_wide(1, 1, width, wide, weights, width, scale);
-    for (const int64_t block : tasks) {
+    for (int64_t block; tasks.next(block);) {
       const int64_t last = std::min((block + 1) * NORM_ROWS, rows);
       for (int64_t row = block * NORM_ROWS; row < last; row += CHUNK) {
         const int64_t count = std::min(CHUNK, last - row);
@@ -773,11 +773,11 @@ std::tuple<at::Tensor, at::Tensor> rms_norm_backward(const at::Tensor& states, c
   float *to = grad_states.data_ptr<float>(), *total = grad_weight.data_ptr<float>();
   Scratch sums(blocks * wide);
   std::fill(sums + 0, sums + blocks * wide, 0.0f);
-  in_parallel(blocks, [&](const Tasks& tasks) {
+  in_parallel(blocks, [&](Tasks tasks) {
     Scratch x(CHUNK * wide), g(CHUNK * wide), scale(wide);
     float factors[CHUNK], along[CHUNK];
     pack_wide(1, 1, width, wide, weights, width, scale);
-    for (const int64_t block : tasks) {
+    for (int64_t block; tasks.next(block);) {
       const int64_t last = std::min((block + 1) * NORM_ROWS, rows);
       float* sum = sums + block * wide;
       for (int64_t row = block * NORM_ROWS; row < last; row += CHUNK) {

@@ -42,9 +42,9 @@ struct Sizes {
   template <class Make>
   void for_tiles(Make make) const {
     const int64_t blocks = (length + BLOCK - 1) / BLOCK;
-    in_parallel(batch * heads * blocks, [&](const Tasks& tasks) {
+    in_parallel(batch * heads * blocks, [&](Tasks tasks) {
       auto visit = make();
-      for (const int64_t i : tasks) {
+      for (int64_t i; tasks.next(i);) {
         const int64_t row = i / blocks, first = i % blocks * BLOCK, last = std::min(first + BLOCK, length);
         for (int64_t token = first; token < last; token += TILE_ROWS)
           visit(row / heads, row % heads, token, std::min(TILE_ROWS, last - token));

@@ -1,4 +1,4 @@
-// Independent tasks, shared among threads.
+// Independent tasks, shared among threads by work stealing.
 
 #pragma once
 
@@ -17,39 +17,29 @@ struct Share {
   int64_t end;
 };
 
-// The numbers of the tasks that a thread does, to be looped over: its own share, then what others have not begun.
+// The tasks that a thread does: those of its own share, then what is left of the others'. Neighbours stay on one core:
+// their rows lie next to each other, and two cores that write there get into each other's way.
 class Tasks {
  public:
   Tasks(std::vector<Share>& shares, int64_t own) : shares_(shares), own_(own) {}
 
-  struct End {};
-  class Iterator {
-   public:
-    explicit Iterator(const Tasks& tasks) : tasks_(tasks) { ++*this; }
-    int64_t operator*() const { return task_; }
-    bool operator!=(End) const { return visited_ < tasks_.shares_.size(); }
-    void operator++() {
-      for (; *this != End(); visited_++) {
-        Share& share = tasks_.shares_[(tasks_.own_ + visited_) % tasks_.shares_.size()];
-        task_ = share.next++;
-        if (task_ < share.end) return;
-      }
+  // Begins a task that nobody has begun; false if there is none.
+  bool next(int64_t& task) {
+    for (; visited_ < shares_.size(); visited_++) {
+      Share& share = shares_[(own_ + visited_) % shares_.size()];
+      task = share.next++;
+      if (task < share.end) return true;
     }
-
-   private:
-    const Tasks& tasks_;
-    size_t visited_ = 0;
-    int64_t task_ = 0;
-  };
-  Iterator begin() const { return Iterator(*this); }
-  End end() const { return {}; }
+    return false;
+  }
 
  private:
   std::vector<Share>& shares_;
-  size_t own_;
+  size_t own_, visited_ = 0;
 };
 
-// Calls work(tasks) on each thread. With nothing but their shares, all threads would wait for the slowest core.
+// Calls work(tasks), at once on several threads or only on this one. Each of the numbers below `count` comes up once
+// over all calls; what comes out must not depend on where. With fixed shares, all would wait for the slowest core.
 template <class Work>
 void in_parallel(int64_t count, const Work& work) {
   const int64_t threads = std::min<int64_t>(count, at::get_num_threads());

@@ -148,13 +148,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> window_forward(
   at::Tensor share = at::empty_like(largest);
   const Rows outputs(output), most(largest), shares(share);
 
-  for_tasks(problem, [&](const Tasks& tasks) {
+  for_tasks(problem, [&](Tasks tasks) {
     Seen seen(problem, parts);
     Block block(problem.dim, problem.width());
     const auto take = [&](const Band& band, const float* keys, const float* values, int64_t) {
       block.take_keys(band, keys, values);
     };
-    for (const int64_t index : tasks) {
+    for (int64_t index; tasks.next(index);) {
       const Task task(problem, index);
       if (task.queries.count()) seen.take(task);
       for_blocks(problem, task, [&](int64_t head, const Place& place) {

@@ -195,12 +195,12 @@ window_backward(const at::Tensor& query, const at::Tensor& key, const at::Tensor
       grad_far_logits(Rows(grad_far_logit).numbered_from(problem.first_far()));
   const int64_t dim = problem.dim, width = problem.width();
 
-  for_tasks(problem, [&](const Tasks& tasks) {
+  for_tasks(problem, [&](Tasks tasks) {
     Seen seen(problem, parts);
     const Scratch key_sums(problem.most_keys() * width), value_sums(problem.most_keys() * width);
     const Scratch sink_sums(2 * problem.sinks * width);
     GradientBlock block(dim, width);
-    for (const int64_t index : tasks) {
+    for (int64_t index; tasks.next(index);) {
       const Task task(problem, index);
       const Range reach = task.reach(problem);
       seen.take(task);
@@ -227,10 +227,10 @@ window_backward(const at::Tensor& query, const at::Tensor& key, const at::Tensor
 
       for (const bool is_value : {false, true}) {
         if (grad_sinks) {
-          const int64_t tasks = problem.batch * problem.kv_heads * problem.spans();
+          const int64_t parts = problem.batch * problem.kv_heads * problem.spans();
           const int64_t own = (task.batch * problem.kv_heads + task.kv_head) * problem.spans() + task.span;
           unpack_rows(sink_sums + is_value * problem.sinks * width, problem.sinks, dim, width,
-                      grad_sinks->data_ptr<float>() + (is_value * tasks + own) * problem.sinks * dim, dim);
+                      grad_sinks->data_ptr<float>() + (is_value * parts + own) * problem.sinks * dim, dim);
         }
         float* sums = is_value ? value_sums : key_sums;
         if (!is_value) parts.positions.turn(reach.start, reach.count(), dim, width, 1.0f, true, sums);
@@ -246,8 +246,8 @@ window_backward(const at::Tensor& query, const at::Tensor& key, const at::Tensor
   });
 
   // Each span takes what its neighbours have for it.
-  for_tasks(problem, [&](const Tasks& tasks) {
-    for (const int64_t index : tasks) {
+  for_tasks(problem, [&](Tasks tasks) {
+    for (int64_t index; tasks.next(index);) {
       const Task task(problem, index);
       for (const bool is_value : {false, true}) {
         const Rows own = (is_value ? grad_values : grad_keys).of(task.batch, task.kv_head);

@@ -65,16 +65,16 @@ Sizes sizes_of(const Tensor& states, int64_t landmarks, const std::optional<Tens
 // Calls work(batch, head) for every head, in parallel.
 template <class Work>
 void for_heads(const Sizes& sizes, const Work& work) {
-  in_parallel(sizes.batch * sizes.heads, [&](const Tasks& tasks) {
-    for (const int64_t task : tasks) work(task / sizes.heads, task % sizes.heads);
+  in_parallel(sizes.batch * sizes.heads, [&](Tasks tasks) {
+    for (int64_t task; tasks.next(task);) work(task / sizes.heads, task % sizes.heads);
   });
 }
 
 // Calls work(batch, head, span, first token, token behind the last) for every span of every head, in parallel.
 template <class Work>
 void for_spans(const Sizes& sizes, const Work& work) {
-  in_parallel(sizes.batch * sizes.heads * sizes.spans, [&](const Tasks& tasks) {
-    for (const int64_t task : tasks) {
+  in_parallel(sizes.batch * sizes.heads * sizes.spans, [&](Tasks tasks) {
+    for (int64_t task; tasks.next(task);) {
       const int64_t head = task / sizes.spans, span = task % sizes.spans;
       work(head / sizes.heads, head % sizes.heads, span, span * SPAN, std::min((span + 1) * SPAN, sizes.tokens));
     }

@@ -108,9 +108,9 @@ struct NoFetcher {
   void step(int64_t) {}
 };
 
-// Fetches a matrix (rows, width), whose rows lie `stride` apart, line by line into a core's second cache. Only so many
-// lines can be on the way, and many at once hold up other reading: a product asks for one at every second step of a
-// tile. With shorter vectors a step is too short for more than itself, and a tile begins with a few lines.
+// Fetches a matrix (rows, width), whose rows lie `stride` apart, line by line into a core's second cache, a few lines
+// at a time, as only so many can be on the way: with AVX-512 one at every second step of a tile, with shorter vectors,
+// where that would cost more than it hides, LINES_AT_ONCE before a tile's first step.
 class Fetcher {
  public:
   Fetcher() = default;  // of nothing
@@ -120,7 +120,7 @@ class Fetcher {
   // Calls would push a product's sums out of the registers.
   __attribute__((always_inline)) void begin_tile() {
     if constexpr (LANES < 16)
-      for (int64_t i = 0; i < 8; i++) fetch_line();
+      for (int64_t i = 0; i < LINES_AT_ONCE; i++) fetch_line();
   }
 
   __attribute__((always_inline)) void step(int64_t index) {
@@ -129,7 +129,7 @@ class Fetcher {
   }
 
  private:
-  static constexpr int64_t LINE = 64 / sizeof(float);
+  static constexpr int64_t LINE = 64 / sizeof(float), LINES_AT_ONCE = 8;
 
   __attribute__((always_inline)) void fetch_line() {
     if (rows_ <= 0) return;
@@ -174,9 +174,9 @@ inline void product_tile(int64_t depth, const float* a, int64_t a_row, int64_t a
     for (int64_t j = 0; j < vectors; j++) store(c + i * c_row + j * LANES, sums[i][j]);
 }
 
-// Calls work(size, start) for tiles of `most` and one for what is left; the sizes are constants.
+// Calls work(size, start) for parts of `count` of the size `most`, and for one of what is left; sizes are constants.
 template <int64_t most, class Work>
-inline void for_tiles(int64_t count, const Work& work) {
+inline void cover(int64_t count, const Work& work) {
   static_assert(most <= 6);
   int64_t start = 0;
   for (; start + most <= count; start += most) work(std::integral_constant<int64_t, most>(), start);
@@ -202,15 +202,16 @@ inline void product(int64_t rows, int64_t depth, int64_t width, const float* a, 
     product_tile<height, vectors>(depth, a + i * a_row, a_row, a_column, b + j * LANES, b_row,
                                   c + i * c_row + j * LANES, c_row, add, fetcher);
   };
-  // The inner loop reads its factor anew each time, what the outer one is at stays in the first cache. Of rows of A
-  // that is the least to read; columns of A are no less than those of B, and share their lines with others.
-  if (a_column == 1)
-    for_tiles<TILE_VECTORS>(width / LANES, [&](auto vectors, int64_t j) {
-      for_tiles<TILE_ROWS>(rows, [&](auto height, int64_t i) { tile(height, i, vectors, j); });
+  // The loops inside read their factor again for each of those outside, from the second cache if the first is too
+  // small. A few rows of A are less than so many columns of B. Not so where it is columns of A that are contiguous, and
+  // with AVX-512, where a tile is as wide as most matrices.
+  if (LANES < 16 && a_column == 1)
+    cover<TILE_VECTORS>(width / LANES, [&](auto vectors, int64_t j) {
+      cover<TILE_ROWS>(rows, [&](auto height, int64_t i) { tile(height, i, vectors, j); });
     });
   else
-    for_tiles<TILE_ROWS>(rows, [&](auto height, int64_t i) {
-      for_tiles<TILE_VECTORS>(width / LANES, [&](auto vectors, int64_t j) { tile(height, i, vectors, j); });
+    cover<TILE_ROWS>(rows, [&](auto height, int64_t i) {
+      cover<TILE_VECTORS>(width / LANES, [&](auto vectors, int64_t j) { tile(height, i, vectors, j); });
     });
 }
 

@@ -6,9 +6,9 @@ python -m tests.benchmarks --only kermit-forward kermit-decoding
 python -m tests.benchmarks --lengths 512 4096 --output bench
 
 "% of peak" is the rate of the multiplications that an algorithm needs, over that of a large matrix product timed right
-after it; growth with length is that of time in such products. So a slow moment of the machine tips no scale. Contenders that do
-not fit in memory or in --budget are skipped, and so are peers that are not installed; the output says so. On a machine with a
-CUDA device everything runs there.
+after it. Growth with length is that of time counted in such products, as no machine is equally fast all the time.
+Contenders that do not fit in memory or in --budget are skipped, and so are peers that are not installed; the output says so.
+On a machine with a CUDA device everything runs there.
 
 More have their own command: tests.benchmarks.gpu (kernels for a GPU beside each other), tests.benchmarks.learning (what
 KERMIT's settings learn), tests.benchmarks.approximation (how close Nyström attention comes to softmax) and

@@ -32,25 +32,26 @@ class Contender(NamedTuple):
 
 @dataclass
 class Result:
-    """One contender at one length: seconds of each round and, where the system tells, peak bytes above the start. pace:
-    multiplications a second of a large matrix product right after each round."""
+    """One contender at one length: seconds of each round, multiplications a second of a large matrix product right after it
+    and, where the system tells, peak bytes above the start."""
 
     contender: str
     length: int
     rounds: list[float]
+    matmul_rates: list[float]
     peak_bytes: int | None = None
     multiplications: int | None = None
     bytes: int | None = None
-    pace: list[float] | None = None
 
     @property
     def seconds(self) -> float:
         return statistics.median(self.rounds)
 
     @property
-    def paced(self) -> float:
-        """Time by a clock that slows down with the machine: the multiplications that a large matrix product does meanwhile."""
-        return statistics.median(own * pace for own, pace in zip(self.rounds, self.pace, strict=True))
+    def matmul_multiplications(self) -> float:
+        """How many multiplications a large matrix product does in the time of a round: a measure of time that does not grow
+        when the machine slows down."""
+        return statistics.median(own * rate for own, rate in zip(self.rounds, self.matmul_rates, strict=True))
 
 
 @dataclass
@@ -111,6 +112,7 @@ def compare(
     each run comes a large matrix product, which tells how fast the machine is at that moment.
     Contenders that would not keep to `limits`, judging by their `earlier` results or by their first run, are skipped.
     """
+    product = MatrixProduct()
     peaks: dict[object, int | None] = {}
     skipped: dict[object, Skipped] = {}
     for name, contender in contenders.items():
@@ -129,8 +131,7 @@ def compare(
 
     timed = {name: contender for name, contender in contenders.items() if name not in skipped}
     rounds: dict[object, list[float]] = {name: [] for name in timed}
-    paces: dict[object, list[float]] = {name: [] for name in timed}
-    product = MatrixProduct()
+    rates: dict[object, list[float]] = {name: [] for name in timed}
     start = time.perf_counter()
     for done in range(max_rounds):
         if done >= MIN_ROUNDS and time.perf_counter() - start > seconds:
@@ -139,9 +140,9 @@ def compare(
             if not rounds[name] or rounds[name][-1] < 1.0:
                 contender.run()
             rounds[name].append(seconds_of(contender.run))
-            paces[name].append(product.rate())
+            rates[name].append(product.rate())
     return [
-        skipped.get(name) or Result(name, length, rounds[name], peaks[name], *contender[1:], paces[name])
+        skipped.get(name) or Result(name, length, rounds[name], rates[name], peaks[name], *contender[1:])
         for name, contender in contenders.items()
     ]
 
@@ -218,7 +219,8 @@ class MatrixProduct:
 
     def __init__(self):
         size = MATRIX_SIZE[on_gpu()]
-        self._factors, self._result = (torch.randn(size, size), torch.randn(size, size)), torch.empty(size, size)
+        self._factors = torch.randn(size, size), torch.randn(size, size)
+        self._result = torch.matmul(*self._factors)
 
     def rate(self) -> float:
         """Multiplications a second, each with its addition."""

@@ -50,7 +50,7 @@ def as_json(batches: Sequence[Sequence[Result | Skipped]]) -> dict[str, list[dic
         if isinstance(result, Skipped):
             skipped.append(asdict(result))
             continue
-        entry = asdict(result) | {"seconds": result.seconds}
+        entry = asdict(result) | {"seconds": result.seconds, "matmul_multiplications": result.matmul_multiplications}
         if isinstance(base, Result):
             middle, low, high = ratio(base, result)
             entry["ratio"] = {"to": base.contender, "median": middle, "quartiles": [low, high]}

@@ -1,6 +1,6 @@
 """What has to hold, checked on the results of a section, and how time and memory grow.
 
-Where different moments meet, another length or the machine's rate, time is that of `Result.paced`.
+Growth and shares of peak compare moments that may lie apart: there time is `Result.matmul_multiplications`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -36,7 +36,7 @@ class Faster(NamedTuple):
 
 
 class Flat(NamedTuple):
-    """`contender` takes at the greatest length at most `ratio` times as long as at the smallest."""
+    """`contender` takes at the greatest length at most `ratio` times as long as at the smallest; both in the same rounds."""
 
     contender: str
     ratio: float
@@ -72,11 +72,11 @@ class OfPeak(NamedTuple):
 
 def share_of_peak(result: Result) -> float:
     """The rate of the multiplications that are needed over that of a large matrix product, timed in turn."""
-    return result.multiplications / result.paced
+    return result.multiplications / result.matmul_multiplications
 
 
 class Growth(NamedTuple):
-    """`attribute` of `contender`, "paced" or "peak_bytes", grows at most as length^exponent from 4,096 tokens on."""
+    """`attribute` of `contender`, "matmul_multiplications" or "peak_bytes", grows at most as length^exponent from 4,096 tokens on."""
 
     contender: str
     attribute: str
@@ -90,7 +90,7 @@ class Growth(NamedTuple):
         return None if exponent is None else (f"length^{exponent:.2f}", exponent <= self.exponent)
 
 
-LABELS = {"paced": "time", "peak_bytes": "memory"}
+LABELS = {"matmul_multiplications": "time", "peak_bytes": "memory"}
 
 
 def growing(exponent: float, *contenders: str) -> tuple[Growth, ...]:
@@ -110,7 +110,9 @@ def exponents(results: Sequence[Result]) -> Iterator[tuple[str, dict[str, float]
             yield name, {attribute: exponent for attribute, exponent in fitted.items() if exponent is not None}
 
 
-def growth_exponent(results: Sequence[Result], contender: str, attribute: str = "paced") -> float | None:
+def growth_exponent(
+    results: Sequence[Result], contender: str, attribute: str = "matmul_multiplications"
+) -> float | None:
     """Slope of log(attribute) against log(length) from 4,096 tokens on: 1 is linear, 2 quadratic. None where lengths span
     too little, or the attribute was not measured."""
     points = [(r.length, getattr(r, attribute)) for r in results if r.contender == contender and r.length >= SHORTEST]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from . import __main__ as entry
-from . import decoding, kermit, measure, models, nystrom_decoder, nystrom_encoder, peers, report, targets
+from . import decoding, kermit, measure, models, nystrom_decoder, nystrom_encoder, peers, report, roofline, targets
 from .decoding import Decoder, Place, compare_decoding
 from .measure import Contender, Limits, MatrixProduct, Result, Section, Skipped, by_length, compare
 from .roofline import Roofline, measure_roofline
@@ -19,12 +19,13 @@ PATIENT = Limits(seconds=1000.0)
 
 
 @pytest.fixture(autouse=True)
-def small_products(monkeypatch):
+def small_matrices_and_copies(monkeypatch):
     monkeypatch.setitem(measure.MATRIX_SIZE, False, 64)
+    monkeypatch.setitem(roofline.COPIED_BYTES, False, 2**20)
 
 
 def result(contender: str, length: int, *rounds: float, peak_bytes: int | None = None) -> Result:
-    return Result(contender, length, list(rounds), peak_bytes, pace=[50.0] * len(rounds))
+    return Result(contender, length, list(rounds), [50.0] * len(rounds), peak_bytes)
 
 
 def out_of_memory():
@@ -129,9 +130,9 @@ print([type(r).__name__ for r in measure.compare(contenders, 1, measure.Limits(b
 
 
 def test_roofline_of_this_machine():
-    roofline = measure_roofline(repeats=2)
-    assert roofline.multiplications > 1e6
-    assert roofline.bytes > 1e6
+    best = measure_roofline(repeats=2)
+    assert best.multiplications > 1e6
+    assert best.bytes > 1e6
 
 
 def test_the_best_of_several_rooflines_has_the_best_of_both_rates():
@@ -155,11 +156,10 @@ def test_growth_is_not_fitted_over_too_short_a_span_or_without_figures():
 
 
 def test_a_slow_moment_of_the_machine_changes_neither_share_nor_growth():
-    """Half as fast in every second round, and from 8,192 tokens on."""
 
     def results_of(slowness: dict[int, list[int]]) -> list[Result]:
         return [
-            Result("a", n, [n / 1e3 * f for f in factors], None, 20 * n, pace=[40e3 / f for f in factors])
+            Result("a", n, [n / 1e3 * f for f in factors], [40e3 / f for f in factors], None, 20 * n)
             for n, factors in slowness.items()
         ]
 
@@ -174,8 +174,9 @@ def test_every_round_has_the_rate_of_a_product_beside_it(monkeypatch):
     rates = iter([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
     monkeypatch.setattr(MatrixProduct, "rate", lambda self: next(rates))
     first, second = compare({name: Contender(lambda: None) for name in "ab"}, 5, PATIENT, max_rounds=3)
-    assert (first.pace, second.pace) == ([1.0, 3.0, 5.0], [2.0, 4.0, 6.0])
-    assert first.paced == pytest.approx(sorted(t * p for t, p in zip(first.rounds, first.pace, strict=True))[1])
+    assert (first.matmul_rates, second.matmul_rates) == ([1.0, 3.0, 5.0], [2.0, 4.0, 6.0])
+    products = sorted(own * rate for own, rate in zip(first.rounds, first.matmul_rates, strict=True))
+    assert first.matmul_multiplications == products[1]
 
 
 def test_a_product_is_of_the_size_and_takes_the_time(monkeypatch):
@@ -199,7 +200,7 @@ def test_faster_and_flat_say_what_was_measured():
 
 
 def test_share_of_peak_is_the_lowest_of_the_lengths_that_were_measured():
-    results = [Result("a", 10, [1.0], None, 40, pace=[50.0]), Result("a", 20, [2.0], None, 60, pace=[50.0])]
+    results = [Result("a", 10, [1.0], [50.0], None, 40), Result("a", 20, [2.0], [50.0], None, 60)]
     assert targets.OfPeak("a", (10, 20, 40), 0.6).check(results) == ("60% at least", True)
     assert targets.OfPeak("a", (10, 20, 40), 0.7).check(results) == ("60% at least", False)
     assert targets.OfPeak("a", (40,), 0.5).check(results) is None
@@ -215,8 +216,8 @@ def test_a_missed_target_fails_the_run_and_one_without_figures_does_not(capsys):
 
 
 def test_share_of_peak_and_ratio_are_printed_and_kept(capsys):
-    base = Result("base", 10, [4.0, 4.0], 2**20, multiplications=100, bytes=8, pace=[50.0, 50.0])
-    own = Result("own", 10, [2.0, 2.0], 2**21, multiplications=50, bytes=8, pace=[50.0, 50.0])
+    base = Result("base", 10, [4.0, 4.0], [50.0, 50.0], 2**20, multiplications=100, bytes=8)
+    own = Result("own", 10, [2.0, 2.0], [50.0, 50.0], 2**21, multiplications=50, bytes=8)
     batch = [base, own, Skipped("peer", 10, "out of memory")]
     report.print_batch(batch, "tokens")
     lines = capsys.readouterr().out.splitlines()

@@ -196,6 +196,18 @@ def test_the_norm_is_that_of_llama(shape):
             assert_close(one, correct, TOLERANCE, name)
 
 
+def test_threads_change_nothing_about_the_norm():
+    states, weight = torch.randn(1, 2, 5000, 16, requires_grad=True), torch.randn(16, requires_grad=True)
+    results = []
+    for threads in (1, 2, 3, 64):
+        torch.set_num_threads(threads)
+        output = delta_cpu.rms_norm_fused(states, weight, 1e-6)
+        results.append([output, *torch.autograd.grad(output.square().sum(), [states, weight])])
+    torch.set_num_threads(1)
+    for one, *others in zip(*results, strict=True):
+        assert all(torch.equal(one, other) for other in others)
+
+
 def test_only_a_plain_norm_is_replaced():
     states, norm = torch.randn(1, 2, 5, 8), LlamaRMSNorm(8)
     with kernel_backend("cpp"):

@@ -55,6 +55,23 @@ def test_any_size(head_dim, features):
     assert_like_torch(torch.randn(1, 2, 30, head_dim), favor(head_dim, features))
 
 
+def test_results_do_not_depend_on_the_number_of_threads():
+    feature_map, states = favor(16), torch.randn(2, 3, 500, 16)
+
+    def map_keys(states):
+        return favor_cpu.favor_keys(states, feature_map.directions)
+
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3, 64):
+            torch.set_num_threads(count)
+            results.append(features_and_gradient(states, feature_map, map_keys))
+    finally:
+        torch.set_num_threads(threads)
+    for one, *others in zip(*results, strict=True):
+        assert all(torch.equal(one, other) for other in others)
+
+
 def test_any_layout():
     feature_map = favor(16)
     assert_like_torch(torch.randn(2, 40, 3, 16).transpose(1, 2), feature_map)
