@@ -156,7 +156,6 @@ def test_growth_is_not_fitted_over_too_short_a_span_or_without_figures():
 
 
 def test_a_slow_moment_of_the_machine_changes_neither_share_nor_growth():
-
     def results_of(slowness: dict[int, list[int]]) -> list[Result]:
         return [
             Result("a", n, [n / 1e3 * f for f in factors], [40e3 / f for f in factors], None, 20 * n)
