@@ -148,7 +148,7 @@ class Borders {
   Borders(const Problem& problem, const at::Tensor& like)
       : rows(round_up(problem.behind(), BLOCK)),
         dim_(problem.dim),
-        tasks_(problem.batch * problem.kv_heads * problem.spans()),
+        tasks_(problem.tasks()),
         partial_(at::empty({problem.is_causal ? 1 : 2, tasks_, 2, rows, problem.dim}, like.options())),
         data_(partial_.data_ptr<float>()) {
     ask_for_huge_pages(partial_.data_ptr(), partial_.nbytes());
@@ -227,10 +227,9 @@ window_backward(const at::Tensor& query, const at::Tensor& key, const at::Tensor
 
       for (const bool is_value : {false, true}) {
         if (grad_sinks) {
-          const int64_t parts = problem.batch * problem.kv_heads * problem.spans();
           const int64_t own = (task.batch * problem.kv_heads + task.kv_head) * problem.spans() + task.span;
           unpack_rows(sink_sums + is_value * problem.sinks * width, problem.sinks, dim, width,
-                      grad_sinks->data_ptr<float>() + (is_value * parts + own) * problem.sinks * dim, dim);
+                      grad_sinks->data_ptr<float>() + (is_value * problem.tasks() + own) * problem.sinks * dim, dim);
         }
         float* sums = is_value ? value_sums : key_sums;
         if (!is_value) parts.positions.turn(reach.start, reach.count(), dim, width, 1.0f, true, sums);

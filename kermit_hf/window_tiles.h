@@ -148,6 +148,7 @@ struct Problem {
   // A span holds all keys that another one's queries see outside of their own span.
   int64_t span() const { return std::max(SPAN, round_up(behind(), BLOCK)); }
   int64_t spans() const { return (slots + span() - 1) / span(); }
+  int64_t tasks() const { return batch * kv_heads * spans(); }
   // So many keys a task reaches, at most.
   int64_t most_keys() const { return span() + behind() + ahead() + 2 * BLOCK; }
   // Slots of the keys that queries in these slots see, in whole tiles.
@@ -198,8 +199,7 @@ struct Task {
 
 template <class Function>
 void for_tasks(const Problem& problem, Function function) {
-  const int64_t count = problem.batch * problem.spans() * problem.kv_heads;
-  in_parallel(count, function);
+  in_parallel(problem.tasks(), function);
 }
 
 // Rows `range` one after the other, `width` apart, with zeros up to it and for rows outside of `present`.

@@ -14,6 +14,7 @@ from tests.kermit_hf import oracles
 from tests.kermit_hf.test_generation import generate
 from tests.kermit_hf.test_kernel_attention import Inputs, assert_close, gradients, make_inputs
 from tests.kermit_hf.tiny_models import place, tiny_model, tokens
+from tests.threads import assert_equal_on_any_number_of_threads
 
 
 MISFIT = cpu_misfit(torch.device("cpu"))
@@ -181,13 +182,12 @@ def test_nothing_to_divide_by():
 
 def test_threads_change_nothing():
     inputs = make_inputs("additive", True, 130, batch=3).to(torch.float32)
-    results = []
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
+
+    def outputs_and_gradients():
         outputs = run(inputs, additive_fused)
-        results.append([*outputs, *gradients(inputs, outputs).values()])
-    torch.set_num_threads(1)
-    assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
+        return [*outputs, *gradients(inputs, outputs).values()]
+
+    assert_equal_on_any_number_of_threads(outputs_and_gradients)
 
 
 # In models.

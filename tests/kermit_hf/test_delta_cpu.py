@@ -14,6 +14,7 @@ from tests.kermit_hf import oracles
 from tests.kermit_hf.test_generation import generate
 from tests.kermit_hf.test_kernel_attention import Inputs, assert_close, gradients, make_inputs
 from tests.kermit_hf.tiny_models import place, tiny_model, tokens
+from tests.threads import assert_equal_on_any_number_of_threads
 
 
 MISFIT = cpu_misfit(torch.device("cpu"))
@@ -165,13 +166,12 @@ def test_a_token_of_padding_leaves_the_memory_exactly_as_it_was():
 
 def test_threads_change_nothing():
     inputs = make_inputs("delta", True, 130, batch=3).to(torch.float32)
-    results = []
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
+
+    def outputs_and_gradients():
         outputs = run(inputs)
-        results.append([*outputs, *gradients(inputs, outputs).values()])
-    torch.set_num_threads(1)
-    assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
+        return [*outputs, *gradients(inputs, outputs).values()]
+
+    assert_equal_on_any_number_of_threads(outputs_and_gradients)
 
 
 # The norm.
@@ -198,14 +198,12 @@ def test_the_norm_is_that_of_llama(shape):
 
 def test_threads_change_nothing_about_the_norm():
     states, weight = torch.randn(1, 2, 5000, 16, requires_grad=True), torch.randn(16, requires_grad=True)
-    results = []
-    for threads in (1, 2, 3, 64):
-        torch.set_num_threads(threads)
+
+    def output_and_gradients():
         output = delta_cpu.rms_norm_fused(states, weight, 1e-6)
-        results.append([output, *torch.autograd.grad(output.square().sum(), [states, weight])])
-    torch.set_num_threads(1)
-    for one, *others in zip(*results, strict=True):
-        assert all(torch.equal(one, other) for other in others)
+        return [output, *torch.autograd.grad(output.square().sum(), [states, weight])]
+
+    assert_equal_on_any_number_of_threads(output_and_gradients)
 
 
 def test_only_a_plain_norm_is_replaced():

@@ -7,6 +7,7 @@ from kermit_hf import FEATURE_MAPS, backends, favor_cpu, kernel_backend
 from kermit_hf.cpu_kernels import cpu_misfit
 from tests.kermit_hf.test_kernel_attention import assert_close
 from tests.kermit_hf.tiny_models import tiny_model, tokens
+from tests.threads import assert_equal_on_any_number_of_threads
 
 
 MISFIT = cpu_misfit(torch.device("cpu"))
@@ -61,15 +62,7 @@ def test_results_do_not_depend_on_the_number_of_threads():
     def map_keys(states):
         return favor_cpu.favor_keys(states, feature_map.directions)
 
-    threads, results = torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 3, 64):
-            torch.set_num_threads(count)
-            results.append(features_and_gradient(states, feature_map, map_keys))
-    finally:
-        torch.set_num_threads(threads)
-    for one, *others in zip(*results, strict=True):
-        assert all(torch.equal(one, other) for other in others)
+    assert_equal_on_any_number_of_threads(lambda: features_and_gradient(states, feature_map, map_keys))
 
 
 def test_any_layout():

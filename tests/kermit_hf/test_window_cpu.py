@@ -16,6 +16,7 @@ from kermit_hf.window_attention import FarField, Sinks, window_reference
 from kermit_hf.window_cpu import window_fused
 from tests.kermit_hf.test_kernel_attention import assert_close
 from tests.kermit_hf.tiny_models import place, tiny_model, tokens
+from tests.threads import assert_equal_on_any_number_of_threads
 
 
 MISFIT = cpu_misfit(torch.device("cpu"))
@@ -220,18 +221,9 @@ def test_the_gradient_of_a_plain_sum_is_taken_too():
 
 
 def test_the_number_of_threads_changes_nothing():
-    """Bit for bit."""
     case = CASES["several spans, both ways"]
     tensors, first_real = make_inputs(case)
-    threads, results = torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 5):
-            torch.set_num_threads(count)
-            results.append(run(attend_fused, tensors, case, first_real))
-    finally:
-        torch.set_num_threads(threads)
-    for others in results[1:]:
-        assert all(torch.equal(one, other) for one, other in zip(results[0], others, strict=True))
+    assert_equal_on_any_number_of_threads(lambda: run(attend_fused, tensors, case, first_real))
 
 
 def test_no_query_sees_beyond_its_window():

@@ -8,6 +8,7 @@ from nystromformer_hf import NystromformerHFForMaskedLM, backends, encoder_cpu, 
 from nystromformer_hf.cpu_kernels import cpu_misfit
 from nystromformer_hf.nystrom_attention import nystrom_attention, value_convolution
 from tests.nystromformer_hf.helpers import random_tokens, tiny_config
+from tests.threads import assert_equal_on_any_number_of_threads
 
 
 MISFIT = cpu_misfit(torch.device("cpu"))
@@ -89,20 +90,16 @@ def test_large_scores_are_as_exact_as_in_torch():
 
 
 def test_results_do_not_depend_on_the_number_of_threads():
-    """Those of a short row are done soon, and their thread goes on with the others' tasks. There are fewer than 64."""
+    """The tasks of a short row are done soon, and their thread goes on with the others'."""
     query, key, value = (torch.randn(2, 2, 2300, 16).requires_grad_() for _ in range(3))
     lengths = torch.tensor([2300, 40])
     kernels = torch.randn(2, 5).requires_grad_()
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3, 64):
-            torch.set_num_threads(threads)
-            output = encoder_cpu.nystrom_attention_fused(query, key, value, 8, lengths, kernels)
-            results.append([output, *torch.autograd.grad(output.square().sum(), [query, key, value, kernels])])
-    finally:
-        torch.set_num_threads(before)
-    for one, *others in zip(*results, strict=True):
-        assert all(torch.equal(one, other) for other in others)
+
+    def output_and_gradients():
+        output = encoder_cpu.nystrom_attention_fused(query, key, value, 8, lengths, kernels)
+        return [output, *torch.autograd.grad(output.square().sum(), [query, key, value, kernels])]
+
+    assert_equal_on_any_number_of_threads(output_and_gradients)
 
 
 @pytest.mark.parametrize("conv_kernel_size", [5, None])
