@@ -1,7 +1,8 @@
 """Our kernels in C++: when they can run, and how they are compiled.
 
-They are compiled on first use, which takes about half a minute, by `torch.utils.cpp_extension`, and kept in its folder (the
-environment variable TORCH_EXTENSIONS_DIR, or a cache folder of the user) for every later process.
+They are compiled on first use, which takes up to a minute, by `torch.utils.cpp_extension`, and kept in its folder (the environment
+variable TORCH_EXTENSIONS_DIR, or a cache folder of the user) for every other process: of those that start together one compiles,
+and the others wait for it.
 """
 
 import hashlib
@@ -10,7 +11,6 @@ import shutil
 import sys
 from functools import cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 from transformers.utils import logging
@@ -71,6 +71,7 @@ def contiguous_rows(states: torch.Tensor) -> torch.Tensor:
 @cache
 def load_cpu_kernels(namespace: str):
     """The operators that `SOURCES` register under this namespace. Raises `RuntimeError` if it cannot be compiled."""
+    from filelock import FileLock
     from torch.utils import cpp_extension
 
     capability = torch.backends.cpu.get_cpu_capability()
@@ -79,27 +80,37 @@ def load_cpu_kernels(namespace: str):
     name = f"{namespace}_{hashlib.sha256(repr(versions).encode()).hexdigest()[:16]}"
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
     library = root / f"{name}.so"
-    if library.exists():
-        torch.ops.load_library(library)
-        return getattr(torch.ops, namespace)
-
-    logger.warning(f"Compiling the CPU kernels of {namespace}, once on this machine: about half a minute.")
-    root.mkdir(parents=True, exist_ok=True)
-    # In a folder of its own, so that neither a process that is cut off nor one that compiles the same leaves anything in the way.
-    with TemporaryDirectory(dir=root) as folder:
-        try:
-            cpp_extension.load(
-                name,
-                [str(source) for source in SOURCES],
-                extra_cflags=flags,
-                extra_ldflags=["-fopenmp"],
-                build_directory=folder,
-                is_python_module=False,
-            )
-        except (RuntimeError, OSError) as error:
-            raise RuntimeError(
-                f"the CPU kernels of {namespace} could not be compiled: see above what {cpp_extension.get_cxx_compiler()} says, or "
-                "choose backend 'torch'"
-            ) from error
-        os.replace(Path(folder, f"{name}.so"), library)
+    if not library.exists():
+        root.mkdir(parents=True, exist_ok=True)
+        with FileLock(root / f"{name}.lock"):
+            if not library.exists():
+                logger.warning(f"Compiling the CPU kernels of {namespace}, once on this machine: up to a minute.")
+                _compile(namespace, library, flags)
+    torch.ops.load_library(library)
     return getattr(torch.ops, namespace)
+
+
+def _compile(namespace: str, library: Path, flags: list[str]) -> None:
+    from torch.utils import cpp_extension
+
+    # In a folder of its own, which the next attempt clears away, so that a process that is cut off leaves nothing in the way.
+    folder = library.with_suffix("")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        cpp_extension.load(
+            library.stem,
+            [str(source) for source in SOURCES],
+            extra_cflags=flags,
+            extra_ldflags=["-fopenmp"],
+            build_directory=str(folder),
+            is_python_module=False,
+        )
+        os.replace(folder / library.name, library)
+    except (RuntimeError, OSError) as error:
+        raise RuntimeError(
+            f"the CPU kernels of {namespace} could not be compiled: see above what {cpp_extension.get_cxx_compiler()} says, or "
+            "choose backend 'torch'"
+        ) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

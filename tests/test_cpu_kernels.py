@@ -1,7 +1,10 @@
 """When kernels in C++ can run, what is said where they cannot, and what compiling leaves behind. The kernels have tests of their own."""
 
 import re
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 import torch
@@ -45,17 +48,70 @@ def test_tensors_elsewhere_are_refused(able):
     assert misfit(torch.device("meta")) == "tensors are on 'meta'; move the model to the CPU"
 
 
-def test_a_compiler_that_fails_leaves_nothing_and_says_what_helps(able, monkeypatch, tmp_path):
+@pytest.fixture
+def folder(able, monkeypatch, tmp_path) -> Path:
+    """Where libraries go, with nothing in it, on a machine that loads whatever lies there."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
+    monkeypatch.setattr(torch.ops, "load_library", lambda path: None)
+    return tmp_path / "extensions"
+
+
+def kinds_in(folder: Path) -> list[str]:
+    return [path.suffix for path in folder.iterdir() if path.suffix != ".lock"]
+
+
+@pytest.mark.parametrize("module", [cpu_kernels, nystromformer_hf.cpu_kernels])
+def test_a_compiler_that_fails_leaves_nothing_and_says_what_helps(module, folder, monkeypatch):
     def fail(name: str, sources: list[str], build_directory: str, **options) -> None:
         assert all(Path(source).exists() for source in sources)
         Path(build_directory, "half.o").write_text("half")
         raise RuntimeError("Error building extension")
 
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
     monkeypatch.setattr(cpp_extension, "load", fail)
     with pytest.raises(RuntimeError, match=r"could not be compiled: .*choose backend 'torch'"):
-        cpu_kernels.load_cpu_kernels.__wrapped__("kermit_hf")
-    assert not list((tmp_path / "extensions").iterdir())
+        module.load_cpu_kernels.__wrapped__("kermit_hf")
+    assert kinds_in(folder) == []
+
+
+@pytest.mark.parametrize("module", [cpu_kernels, nystromformer_hf.cpu_kernels])
+def test_of_those_that_start_together_one_compiles(module, folder, monkeypatch):
+    compiled, started = [], Barrier(4)
+
+    def compile_slowly(name: str, sources: list[str], build_directory: str, **options) -> None:
+        compiled.append(name)
+        time.sleep(0.2)
+        Path(build_directory, f"{name}.so").write_text("library")
+
+    def load() -> None:
+        started.wait()
+        module.load_cpu_kernels.__wrapped__("kermit_hf")
+
+    monkeypatch.setattr(cpp_extension, "load", compile_slowly)
+    with ThreadPoolExecutor(4) as threads:
+        for result in [threads.submit(load) for _ in range(4)]:
+            result.result(timeout=60)
+    assert len(compiled) == 1
+    assert kinds_in(folder) == [".so"]
+
+
+@pytest.mark.parametrize("module", [cpu_kernels, nystromformer_hf.cpu_kernels])
+def test_what_a_process_left_that_was_cut_off_is_not_in_the_way(module, folder, monkeypatch):
+    """Above all its lock, for which torch would wait for ever."""
+    used = []
+
+    def compile_where_nothing_is(name: str, sources: list[str], build_directory: str, **options) -> None:
+        used.append(Path(build_directory))
+        assert not any(used[-1].iterdir())
+        Path(build_directory, f"{name}.so").write_text("library")
+
+    monkeypatch.setattr(cpp_extension, "load", compile_where_nothing_is)
+    module.load_cpu_kernels.__wrapped__("kermit_hf")
+    used[0].with_suffix(".so").unlink()
+    used[0].mkdir()
+    (used[0] / "lock").touch()
+    module.load_cpu_kernels.__wrapped__("kermit_hf")
+    assert used[0] == used[1]
+    assert kinds_in(folder) == [".so"]
 
 
 @pytest.mark.parametrize("module", [cpu_kernels, nystromformer_hf.cpu_kernels])

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from kermit_hf import FEATURE_MAPS, KermitForCausalLM, backends, kernel_backend
+from kermit_hf.kernel_choice import KernelChoice
 from tests.kermit_hf.tiny_models import tiny_model, tokens
 from tests.triton_kernels import run_python
 
@@ -203,19 +204,26 @@ print(backends.CHOICE.chosen, sorted(loaded & {"triton", "fla"}), sorted(ours))
 """
 
 
-@pytest.mark.parametrize("backend, chosen", [("", "torch"), ("auto", "auto")])
-def test_a_cpu_loads_no_kernels_of_gpus(backend, chosen):
-    result = run_python(LEFT_ALONE, KERMIT_BACKEND=backend)
-    assert result.stdout.strip() == f"{chosen} [] []", result.stderr
+def test_the_environment_chooses_and_a_cpu_loads_no_kernels_of_gpus():
+    result = run_python(LEFT_ALONE, KERMIT_BACKEND="auto")
+    assert result.stdout.strip() == "auto [] []", result.stderr
 
 
-def test_the_environment_chooses_too():
-    result = run_python(LEFT_ALONE, KERMIT_BACKEND="cuda")
-    assert result.returncode == 1
-    assert (
-        "ValueError: kernel backend 'cuda' is unknown; allowed are 'torch', 'auto', 'cpp', 'triton', 'fla'"
-        in result.stderr
-    )
+@pytest.mark.parametrize("value, chosen", [(None, "torch"), ("", "torch"), ("triton", "triton")])
+def test_without_a_word_from_the_environment_it_is_torch(value, chosen, monkeypatch):
+    monkeypatch.delenv("KERMIT_BACKEND", raising=False)
+    if value is not None:
+        monkeypatch.setenv("KERMIT_BACKEND", value)
+    assert KernelChoice("KERMIT_BACKEND", backends.PACKAGES, backends._misfit).chosen == chosen
+
+
+def test_an_unknown_word_from_the_environment_is_refused_at_use(monkeypatch):
+    monkeypatch.setenv("KERMIT_BACKEND", "cuda")
+    choice = KernelChoice("KERMIT_BACKEND", backends.PACKAGES, backends._misfit)
+    with pytest.raises(
+        ValueError, match="kernel backend 'cuda' is unknown; allowed are 'torch', 'auto', 'cpp', 'triton', 'fla'"
+    ):
+        choice.serves("cpp", torch.ones(1))
 
 
 def test_the_choice_is_no_part_of_a_model():
