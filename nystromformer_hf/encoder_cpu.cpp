@@ -552,10 +552,57 @@ struct Pooled {
   const float *queries, *log_sums, *grads, *agreements;
 };
 
-// Gradients of a span's keys and values; what its landmarks' queries get goes to grad_queries.
-void pool_span_backward(const Sizes& sizes, int64_t first, int64_t end, Head key, Head value, Pooled pooled,
-                        Head grad_key, Head grad_value, float* grad_queries) {
-  const int64_t width = sizes.width, dim = sizes.dim, landmarks = sizes.landmarks;
+// The gradients of a head's convolution, block by block: adds that of the values to theirs, and adds up its kernel's.
+class ConvolutionGradient {
+ public:
+  ConvolutionGradient(const Sizes& sizes, int64_t batch, const float* kernel, int64_t taps, Head value, Head grad)
+      : sizes_(sizes),
+        real_(sizes.real_tokens(batch)),
+        taps_(taps),
+        groups_(round_up(taps, TAPS_AT_ONCE)),
+        flipped_(kernel, taps, true),
+        value_(value),
+        grad_(grad),
+        grads_((BLOCK + taps) * sizes.dim),
+        values_((BLOCK + groups_) * sizes.dim),
+        sums_(groups_, Vector{}) {}
+
+  void add_block(int64_t token, int64_t rows, Head grad_value) {
+    const int64_t dim = sizes_.dim, before = taps_ / 2, after = taps_ - 1 - before;
+    const int64_t inside = std::min(rows, real_ - token);
+    const Reach reach = reach_of(token, rows, after, taps_, sizes_.tokens);
+    pack(reach.rows(), dim, grad_.row(reach.from), grad_.stride, grads_);
+    if (inside > 0)
+      flipped_.convolve(token, inside, after, Head{grads_ - reach.from * dim, dim}, reach, dim, grad_value);
+    pack_window(token - before, token - before + rows + groups_ - 1, real_, dim, value_, values_);
+    for (int64_t column = 0; column < dim; column += LANES)
+      for (int64_t tap = 0; tap < groups_; tap += TAPS_AT_ONCE)
+        correlate(rows, grads_ + (token - reach.from) * dim + column, values_ + tap * dim + column, dim,
+                  sums_.data() + tap);
+  }
+
+  // Fetches what the block behind this one needs of the gradients, and this one did not.
+  Fetcher next_grads(int64_t token) const { return next_block(grad_, sizes_.dim, token + taps_ / 2, sizes_.tokens); }
+
+  void write_kernel(float* grad_kernel) const {
+    for (int64_t tap = 0; tap < taps_; tap++) grad_kernel[tap] = sum_of(sums_[tap]);
+  }
+
+ private:
+  const Sizes& sizes_;
+  const int64_t real_, taps_, groups_;
+  const Band flipped_;
+  const Head value_, grad_;
+  Scratch grads_, values_;
+  std::vector<Vector> sums_;
+};
+
+// Gradients of a span's keys and values; what its landmarks' queries get goes to grad_queries. grad_landmark_keys:
+// what the keys get as parts of landmarks.
+void pool_span_backward(const Sizes& sizes, int64_t batch, int64_t first, int64_t end, Head key, Head value,
+                        Pooled pooled, const float* grad_landmark_keys, ConvolutionGradient* convolution, Head grad_key,
+                        Head grad_value, float* grad_queries) {
+  const int64_t width = sizes.width, dim = sizes.dim, landmarks = sizes.landmarks, real = sizes.real_tokens(batch);
   Scratch queries(dim * width), grads(dim * width), log_sums(width), agreements(width), keys(BLOCK * dim),
       weights(BLOCK * width), grad_scores(BLOCK * width);
   pack_transposed(landmarks, dim, pooled.queries, dim, sizes.scale, queries, width);
@@ -564,43 +611,30 @@ void pool_span_backward(const Sizes& sizes, int64_t first, int64_t end, Head key
   pack_transposed(landmarks, 1, pooled.agreements, 1, 1.0f, agreements, width);
   std::fill(grad_queries, grad_queries + landmarks * dim, 0.0f);
   for (int64_t token = first; token < end; token += BLOCK) {
-    const int64_t rows = std::min(BLOCK, end - token);
-    pack(rows, dim, key.row(token), key.stride, keys);
-    product(rows, dim, width, keys, dim, 1, queries, width, weights, width, false, next_block(key, dim, token, end));
-    product(rows, dim, width, value.row(token), value.stride, 1, grads, width, grad_scores, width, false,
-            next_block(value, dim, token, end));
-    for (int64_t i = 0; i < rows * width; i += LANES) {
-      const Vector weight = exponential(load(weights + i) - load(log_sums + i % width));
-      store(weights + i, weight);
-      store(grad_scores + i, sizes.scale * weight * (load(grad_scores + i) - load(agreements + i % width)));
+    const int64_t rows = std::min(BLOCK, end - token), inside = std::clamp<int64_t>(real - token, 0, rows);
+    if (inside > 0) {
+      pack(inside, dim, key.row(token), key.stride, keys);
+      product(inside, dim, width, keys, dim, 1, queries, width, weights, width, false,
+              next_block(key, dim, token, end));
+      product(inside, dim, width, value.row(token), value.stride, 1, grads, width, grad_scores, width, false,
+              next_block(value, dim, token, end));
+      for (int64_t i = 0; i < inside * width; i += LANES) {
+        const Vector weight = exponential(load(weights + i) - load(log_sums + i % width));
+        store(weights + i, weight);
+        store(grad_scores + i, sizes.scale * weight * (load(grad_scores + i) - load(agreements + i % width)));
+      }
+      product(inside, landmarks, dim, weights, width, 1, pooled.grads, dim, grad_value.row(token), grad_value.stride,
+              false, convolution ? convolution->next_grads(token) : Fetcher());
+      product(inside, landmarks, dim, grad_scores, width, 1, pooled.queries, dim, grad_key.row(token), grad_key.stride);
+      product(landmarks, inside, dim, grad_scores, 1, width, keys, dim, grad_queries, dim, true);
     }
-    product(rows, landmarks, dim, weights, width, 1, pooled.grads, dim, grad_value.row(token), grad_value.stride);
-    product(rows, landmarks, dim, grad_scores, width, 1, pooled.queries, dim, grad_key.row(token), grad_key.stride);
-    product(landmarks, rows, dim, grad_scores, 1, width, keys, dim, grad_queries, dim, true);
+    for (int64_t i = token + inside; i < token + rows; i++) {
+      std::fill(grad_key.row(i), grad_key.row(i) + dim, 0.0f);
+      std::fill(grad_value.row(i), grad_value.row(i) + dim, 0.0f);
+    }
+    spread_over_segments(sizes, batch, token, token + rows, grad_landmark_keys, grad_key);
+    if (convolution) convolution->add_block(token, rows, grad_value);
   }
-}
-
-// Adds the convolution's gradient to that of a span's values, and returns that of its kernel.
-std::vector<float> convolve_span_backward(const Sizes& sizes, int64_t batch, int64_t first, int64_t end, Head value,
-                                          Head grad, const Band& flipped, int64_t taps, Head grad_value) {
-  const int64_t dim = sizes.dim, real = sizes.real_tokens(batch), before = taps / 2, after = taps - 1 - before;
-  const int64_t groups = round_up(taps, TAPS_AT_ONCE);
-  Scratch grads((BLOCK + taps) * dim), values((BLOCK + groups) * dim);
-  std::vector<Vector> sums(groups, Vector{});
-  for (int64_t token = first; token < end; token += BLOCK) {
-    const int64_t rows = std::min(BLOCK, end - token), inside = std::min(rows, real - token);
-    const Reach reach = reach_of(token, rows, after, taps, sizes.tokens);
-    pack(reach.rows(), dim, grad.row(reach.from), grad.stride, grads);
-    if (inside > 0) flipped.convolve(token, inside, after, Head{grads - reach.from * dim, dim}, reach, dim, grad_value);
-    pack_window(token - before, token - before + rows + groups - 1, real, dim, value, values);
-    for (int64_t column = 0; column < dim; column += LANES)
-      for (int64_t tap = 0; tap < groups; tap += TAPS_AT_ONCE)
-        correlate(rows, grads + (token - reach.from) * dim + column, values + tap * dim + column, dim,
-                  sums.data() + tap);
-  }
-  std::vector<float> result(taps);
-  for (int64_t tap = 0; tap < taps; tap++) result[tap] = sum_of(sums[tap]);
-  return result;
 }
 
 // Gradients of query, key and value, and of the kernels (batch, heads, spans, taps) before they are summed.
@@ -702,19 +736,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> nystrom_backward(const Tensor& grad, 
     const Head keys = head_of(grad_key, batch, head), values = head_of(grad_value, batch, head);
     const Pooled landmark{head_of(query_landmarks, batch, head).data, head_of(log_sums, batch, head).data,
                           head_of(grad_pooled, batch, head).data, head_of(agreements, batch, head).data};
-    const int64_t real_end = std::clamp(sizes.real_tokens(batch), first, end);
-    pool_span_backward(sizes, first, real_end, head_of(key, batch, head), head_of(value, batch, head), landmark, keys,
+    std::optional<ConvolutionGradient> convolution;
+    if (kernels)
+      convolution.emplace(sizes, batch, kernels->const_data_ptr<float>() + head * taps, taps,
+                          head_of(value, batch, head), head_of(grad, batch, head));
+    pool_span_backward(sizes, batch, first, end, head_of(key, batch, head), head_of(value, batch, head), landmark,
+                       head_of(grad_landmark_keys, batch, head).data, convolution ? &*convolution : nullptr, keys,
                        values, head_of(query_parts, batch, head * sizes.spans + span).data);
-    spread_over_segments(sizes, batch, first, end, head_of(grad_landmark_keys, batch, head).data, keys);
-    for (int64_t token = real_end; token < end; token++) {
-      std::fill(keys.row(token), keys.row(token) + dim, 0.0f);
-      std::fill(values.row(token), values.row(token) + dim, 0.0f);
-    }
-    if (!kernels) return;
-    const Band flipped(kernels->const_data_ptr<float>() + head * taps, taps, true);
-    const std::vector<float> grads = convolve_span_backward(sizes, batch, first, end, head_of(value, batch, head),
-                                                            head_of(grad, batch, head), flipped, taps, values);
-    std::copy(grads.begin(), grads.end(), head_of(grad_kernels, batch, head).row(span));
+    if (convolution) convolution->write_kernel(head_of(grad_kernels, batch, head).row(span));
   });
   for_heads(sizes, [&](int64_t batch, int64_t head) {
     Scratch sum(landmarks * dim);
