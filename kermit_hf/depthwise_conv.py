@@ -7,6 +7,8 @@ more than the attention behind it, and all that comes after has to read strided 
 import torch
 import torch.nn.functional as F
 
+from .functions import apply_function
+
 
 # Tokens at a time whose gradients, in float32 and up to a thousand channels, stay in a core's caches.
 BLOCK = 256
@@ -20,7 +22,7 @@ def depthwise_conv(states: torch.Tensor, weight: torch.Tensor, behind: int, ahea
     """
     if states.device.type != "cpu" or torch.compiler.is_compiling():
         return F.conv1d(F.pad(states.mT, (behind, ahead)), weight, groups=len(weight)).mT
-    return _DepthwiseConv.apply(states, weight, behind, ahead)
+    return apply_function(_DepthwiseConv, states, weight, behind, ahead)
 
 
 class _DepthwiseConv(torch.autograd.Function):

@@ -21,6 +21,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 
+from .functions import apply_function
+
 
 FEATURE_MAPS: dict[str, type["FeatureMap"]] = {}
 
@@ -81,12 +83,12 @@ class FeatureMap(nn.Module):
     def map_queries(self, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`forward_queries`, or its direction alone where `unit_norm` is set."""
         features, log_scale = self.forward_queries(query)
-        return (_Normalize.apply(features), None) if self.unit_norm else (features, log_scale)
+        return (apply_function(_Normalize, features), None) if self.unit_norm else (features, log_scale)
 
     def map_keys(self, key: torch.Tensor) -> torch.Tensor:
         """`forward_keys`, or its direction alone where `unit_norm` is set."""
         features = self.forward_keys(key)
-        return _Normalize.apply(features) if self.unit_norm else features
+        return apply_function(_Normalize, features) if self.unit_norm else features
 
 
 class ElementwiseFeatureMap(FeatureMap):
@@ -107,7 +109,7 @@ class EluFeatureMap(ElementwiseFeatureMap):
     """elu(x) + 1 (Katharopoulos et al. 2020, arXiv 2006.16236, eq. 7)."""
 
     def features(self, tensor):
-        return _EluPlusOne.apply(tensor)
+        return apply_function(_EluPlusOne, tensor)
 
 
 @register_feature_map("relu")
@@ -321,7 +323,7 @@ class _Normalize(torch.autograd.Function):
 
     @staticmethod
     def forward(tensor):
-        return tensor / tensor.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+        return tensor / torch.linalg.vector_norm(tensor, dim=-1, keepdim=True).clamp(min=1e-12)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -330,7 +332,7 @@ class _Normalize(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         tensor, unit = ctx.saved_tensors
-        norm = tensor.norm(dim=-1, keepdim=True)
+        norm = torch.linalg.vector_norm(tensor, dim=-1, keepdim=True)
         along = (grad * unit).sum(-1, keepdim=True) * (norm > 1e-12)
         return (grad - along * unit) / norm.clamp(min=1e-12)
 

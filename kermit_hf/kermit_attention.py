@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from .backends import find_fused_window, find_kernel, find_norm, find_window
 from .far_field import normalized_value, normalized_weights, read_far_field, virtual_token
+from .functions import apply_function
 from .kernel_attention import KernelMemory
 from .slots import Slots, all_have_older, num_older
 from .window_attention import FarField, Sinks, pad_zeros, window_blocked, window_reference, window_step
@@ -176,11 +177,11 @@ def _attend(
         far_field = virtual_token(far, far_value, far_logit[:, :, early:])
 
     cos, sin = rotary
-    sink_keys = None
-    if num_slots > window_size and slots.sink_keys.shape[2] > 0:
-        sink_keys = _turned_sink_keys(query, slots, window_size, cos, sin, scaling)
+    has_sinks = num_slots > window_size and slots.sink_keys.shape[2] > 0
     if fused is not None:
-        sinks = None if sink_keys is None else (sink_keys, slots.sink_values)
+        sinks = None
+        if has_sinks:
+            sinks = _turned_sink_keys(query, slots, window_size, cos, sin, scaling), slots.sink_values
         parts = window_size, slots.first_real, sinks, far_field, is_causal, rotary, scaling
         return KermitAttentionOutput(fused(query, slots.keys, slots.values, *parts), memory)
     if explicit:
@@ -192,7 +193,11 @@ def _attend(
     turned_query = rotate(
         query, scaling * cos[num_slots - length : num_slots], scaling * sin[num_slots - length : num_slots]
     )
-    sinks = None if sink_keys is None else _sinks(query, slots, window_size, sink_keys)
+    sinks = None
+    if has_sinks and window is window_step:
+        sinks = _sinks(turned_query, slots, window_size, _sink_keys_of_step(slots, window_size, cos, sin))
+    elif has_sinks:
+        sinks = _sinks(query, slots, window_size, _turned_sink_keys(query, slots, window_size, cos, sin, scaling))
     if far_field is not None:
         far_field = _for_all_queries(far_field, length)
     near = window(
@@ -221,8 +226,7 @@ def _apply(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
 
 def rotate(tensor: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotary position embedding (Su et al. 2021, arXiv 2104.09864, eq. 34), halves of a head as real and imaginary parts."""
-    half = tensor.shape[-1] // 2
-    return _Rotate.apply(tensor, cos[..., :half].to(tensor.dtype), sin[..., :half].to(tensor.dtype))
+    return apply_function(_Rotate, tensor, cos.to(tensor.dtype), sin.to(tensor.dtype))
 
 
 class _Rotate(torch.autograd.Function):
@@ -230,10 +234,12 @@ class _Rotate(torch.autograd.Function):
 
     @staticmethod
     def forward(tensor, cos, sin):
-        half = cos.shape[-1]
-        rotated = tensor * torch.cat([cos, cos], -1)
-        rotated[..., :half].addcmul_(tensor[..., half:], sin, value=-1)
-        rotated[..., half:].addcmul_(tensor[..., :half], sin)
+        rotated = tensor * cos
+        real, imaginary = tensor.chunk(2, -1)
+        rotated_real, rotated_imaginary = rotated.chunk(2, -1)
+        sin = sin[..., : real.shape[-1]]
+        rotated_real.addcmul_(imaginary, sin, value=-1)
+        rotated_imaginary.addcmul_(real, sin)
         return rotated
 
     @staticmethod
@@ -262,9 +268,19 @@ def _turned_sink_keys(
     return rotate(slots.sink_keys.to(dtype), scaling * cos[distance], -scaling * sin[distance])
 
 
+def _sink_keys_of_step(slots: Slots, window_size: int, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """The same for a single query, itself turned and scaled: where the slot behind the window and those after it are, they have
+    just these distances to it."""
+    first = slots.keys.shape[2] - 1 - window_size
+    here = slice(first, first + slots.sink_keys.shape[2])
+    return rotate(slots.sink_keys.to(torch.promote_types(slots.sink_keys.dtype, torch.float32)), cos[here], sin[here])
+
+
 def _sinks(query: torch.Tensor, slots: Slots, window_size: int, turned_keys: torch.Tensor) -> Sinks:
     count, groups = turned_keys.shape[2], query.shape[1] // turned_keys.shape[1]
-    logits = query.to(turned_keys.dtype) @ turned_keys.repeat_interleave(groups, 1).mT
+    if groups > 1:
+        turned_keys = turned_keys.repeat_interleave(groups, 1)
+    logits = query.to(turned_keys.dtype) @ turned_keys.mT
     if not all_have_older(slots, query.shape[2], window_size, count):
         hidden = num_older(slots, query.shape[2], window_size)[..., None] <= torch.arange(count, device=query.device)
         logits = logits.masked_fill(hidden, float("-inf"))

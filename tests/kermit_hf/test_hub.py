@@ -46,6 +46,7 @@ class TestKermitOnTheHub(GenerativeHubRoundTrip):
         "favor_cpu.py",
         "feature_maps.py",
         "fla_kernels.py",
+        "functions.py",
         "kermit_attention.py",
         "kernel_attention.py",
         "kernel_choice.py",
