@@ -245,9 +245,9 @@ def normalized_value(far: FarReadout, norm: Callable | None) -> torch.Tensor:
     """(batch, heads, readers, head_dim): the numerator divided by its denominator, for the delta rule normed by `norm`."""
     if far.denominator is None:
         return norm(far.numerator)
-    return (
-        far.numerator if far.divided else apply_function(_Divide, far.numerator, _positive(far.denominator)[..., None])
-    )
+    if far.divided:
+        return far.numerator
+    return apply_function(_Divide, far.numerator, _positive(far.denominator)[..., None])
 
 
 class _Divide(torch.autograd.Function):

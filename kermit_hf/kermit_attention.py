@@ -188,6 +188,7 @@ def _attend(
         window = window_reference
     elif length == 1 and is_causal:
         window = window_step
+        query = query.to(torch.promote_types(query.dtype, torch.float32))
     else:
         window = find_window(query, slots.sink_keys.shape[2]) if num_slots > window_size else window_blocked
     turned_query = rotate(
@@ -195,9 +196,11 @@ def _attend(
     )
     sinks = None
     if has_sinks and window is window_step:
-        sinks = _sinks(turned_query, slots, window_size, _sink_keys_of_step(slots, window_size, cos, sin))
+        turned_keys = _sink_keys_of_step(slots, window_size, cos, sin, query.dtype)
+        sinks = _sinks(turned_query, slots, window_size, turned_keys)
     elif has_sinks:
-        sinks = _sinks(query, slots, window_size, _turned_sink_keys(query, slots, window_size, cos, sin, scaling))
+        turned_keys = _turned_sink_keys(query, slots, window_size, cos, sin, scaling)
+        sinks = _sinks(query, slots, window_size, turned_keys)
     if far_field is not None:
         far_field = _for_all_queries(far_field, length)
     near = window(
@@ -225,7 +228,9 @@ def _apply(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
 
 
 def rotate(tensor: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary position embedding (Su et al. 2021, arXiv 2104.09864, eq. 34), halves of a head as real and imaginary parts."""
+    """Rotary position embedding (Su et al. 2021, arXiv 2104.09864, eq. 34), halves of a head as real and imaginary parts.
+
+    tensor (..., head_dim); cos, sin: of its tokens, (seq, head_dim), both halves alike."""
     return apply_function(_Rotate, tensor, cos.to(tensor.dtype), sin.to(tensor.dtype))
 
 
@@ -268,15 +273,18 @@ def _turned_sink_keys(
     return rotate(slots.sink_keys.to(dtype), scaling * cos[distance], -scaling * sin[distance])
 
 
-def _sink_keys_of_step(slots: Slots, window_size: int, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """The same for a single query, itself turned and scaled: where the slot behind the window and those after it are, they have
-    just these distances to it."""
+def _sink_keys_of_step(
+    slots: Slots, window_size: int, cos: torch.Tensor, sin: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """Sink keys for a single query that is itself turned and scaled: turned like the keys of slots i - W, i - W + 1, ... where i is
+    the query's, so that sink k lies at distance W - k. In `dtype`, not scaled."""
     first = slots.keys.shape[2] - 1 - window_size
     here = slice(first, first + slots.sink_keys.shape[2])
-    return rotate(slots.sink_keys.to(torch.promote_types(slots.sink_keys.dtype, torch.float32)), cos[here], sin[here])
+    return rotate(slots.sink_keys.to(dtype), cos[here], sin[here])
 
 
 def _sinks(query: torch.Tensor, slots: Slots, window_size: int, turned_keys: torch.Tensor) -> Sinks:
+    """Scores of sinks: of unturned queries with `_turned_sink_keys`, or of a turned one with `_sink_keys_of_step`."""
     count, groups = turned_keys.shape[2], query.shape[1] // turned_keys.shape[1]
     if groups > 1:
         turned_keys = turned_keys.repeat_interleave(groups, 1)

@@ -8,9 +8,11 @@ and the others wait for it.
 import hashlib
 import os
 import shutil
+import subprocess
 import sys
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from transformers.utils import logging
@@ -81,36 +83,39 @@ def load_cpu_kernels(namespace: str):
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
     library = root / f"{name}.so"
     if not library.exists():
-        root.mkdir(parents=True, exist_ok=True)
-        with FileLock(root / f"{name}.lock"):
-            if not library.exists():
-                logger.warning(f"Compiling the CPU kernels of {namespace}, once on this machine: up to a minute.")
-                _compile(namespace, library, flags)
+        logger.warning(
+            f"Compiling the CPU kernels of {namespace}, or waiting for a process that does, once on this machine: up to a minute."
+        )
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            with FileLock(root / f"{name}.lock", mode=0o666):
+                if not library.exists():
+                    _compile(library, flags)
+                    return getattr(torch.ops, namespace)
+        except (RuntimeError, OSError, subprocess.SubprocessError) as error:
+            raise RuntimeError(
+                f"the CPU kernels of {namespace} could not be compiled: {error}; see above what {cpp_extension.get_cxx_compiler()} "
+                f"says, name a folder other than {root} in TORCH_EXTENSIONS_DIR, or choose backend 'torch'"
+            ) from error
     torch.ops.load_library(library)
     return getattr(torch.ops, namespace)
 
 
-def _compile(namespace: str, library: Path, flags: list[str]) -> None:
+def _compile(library: Path, flags: list[str]) -> None:
+    """Compiles and loads; only a process that holds the lock may."""
     from torch.utils import cpp_extension
 
-    # In a folder of its own, which the next attempt clears away, so that a process that is cut off leaves nothing in the way.
-    folder = library.with_suffix("")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    try:
+    # In a folder that nobody used before: torch would wait for ever for one that was cut off, and not try again where one failed.
+    for left in library.parent.glob(f"{library.stem}.build-*"):
+        shutil.rmtree(left, ignore_errors=True)
+    with TemporaryDirectory(prefix=f"{library.stem}.build-", dir=library.parent) as folder:
         cpp_extension.load(
             library.stem,
             [str(source) for source in SOURCES],
             extra_cflags=flags,
             extra_ldflags=["-fopenmp"],
-            build_directory=str(folder),
+            build_directory=folder,
             is_python_module=False,
         )
-        os.replace(folder / library.name, library)
-    except (RuntimeError, OSError) as error:
-        raise RuntimeError(
-            f"the CPU kernels of {namespace} could not be compiled: see above what {cpp_extension.get_cxx_compiler()} says, or "
-            "choose backend 'torch'"
-        ) from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        # After a failure torch adds a number to the name.
+        os.replace(next(Path(folder).glob("*.so")), library)

@@ -597,8 +597,9 @@ class ConvolutionGradient {
   std::vector<Vector> sums_;
 };
 
-// Gradients of a span's keys and values; what its landmarks' queries get goes to grad_queries. grad_landmark_keys:
-// what the keys get as parts of landmarks.
+// All of the gradients of a span's keys and values: through the landmarks that read them, through those that keys are
+// part of (grad_landmark_keys), and through the convolution; zero for padding. What the landmarks' queries get goes to
+// grad_queries.
 void pool_span_backward(const Sizes& sizes, int64_t batch, int64_t first, int64_t end, Head key, Head value,
                         Pooled pooled, const float* grad_landmark_keys, ConvolutionGradient* convolution, Head grad_key,
                         Head grad_value, float* grad_queries) {

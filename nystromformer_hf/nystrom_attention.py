@@ -24,6 +24,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from .functions import apply_function
+
 
 INVERSE_INITS = ("original", "exact")
 
@@ -96,9 +98,7 @@ def _with_segment_means(
     """`states` and their `segment_means`. Whoever goes on with these states, not with those given, gets a cheaper gradient."""
     batch, heads, seq_len, head_dim = states.shape
     if lengths is None and seq_len % num_landmarks == 0:
-        # Without gradients `forward` is all there is to it, and `apply` takes longer than ten of torch's operators on few tokens.
-        means = _SegmentMeans.apply if torch.is_grad_enabled() else _SegmentMeans.forward
-        return means(states, num_landmarks)
+        return apply_function(_SegmentMeans, states, num_landmarks)
 
     tokens = torch.arange(seq_len, device=states.device)
     if lengths is None:

@@ -14,6 +14,7 @@ NYSTROMFORMER = Path(nystromformer_hf.__file__).parent
 SHARED = [
     "checkpoints.py",
     "cpu_kernels.py",
+    "functions.py",
     "kernel_choice.py",
     "triton_tiles.py",
     "validation.py",

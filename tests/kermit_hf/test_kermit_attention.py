@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
+    DynamicCache,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -474,6 +475,19 @@ def test_every_rope_type_follows_the_definition_beyond_the_window(rope_type):
         head_dim=8, rope_parameters=rope(rope_type), max_position_embeddings=64, window_size=4, num_sink_tokens=2
     )
     compare_with_oracle(model, torch.tensor(PADDINGS["left"]))
+
+
+@pytest.mark.parametrize("rope_type", ROPE_TYPES)
+def test_every_rope_type_decodes_as_it_reads(rope_type):
+    """Token by token, where sinks are turned like slots: the same scores, scaled as often."""
+    model = make_model(
+        head_dim=8, rope_parameters=rope(rope_type), max_position_embeddings=64, window_size=4, num_sink_tokens=2
+    )
+    input_ids, cache = torch.randint(30, (2, 20)), DynamicCache(config=model.config)
+    with torch.no_grad():
+        whole = model(input_ids, use_cache=False).last_hidden_state
+        steps = [model(token, past_key_values=cache).last_hidden_state for token in input_ids.split(1, 1)]
+    assert relative_error(torch.cat(steps, 1), whole) < TOLERANCE
 
 
 def test_a_sink_is_seen_from_the_distance_of_the_window_however_far_it_is():

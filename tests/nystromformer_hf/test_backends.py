@@ -136,21 +136,24 @@ def test_the_environment_chooses_and_a_cpu_loads_no_kernels_of_gpus():
     assert result.stdout.strip() == "auto False []", result.stderr
 
 
-@pytest.mark.parametrize("value, chosen", [(None, "torch"), ("", "torch"), ("triton", "triton")])
-def test_without_a_word_from_the_environment_it_is_torch(value, chosen, monkeypatch):
+def chosen_by_the_environment(monkeypatch, value: str | None) -> str:
     monkeypatch.delenv("NYSTROMFORMER_BACKEND", raising=False)
     if value is not None:
         monkeypatch.setenv("NYSTROMFORMER_BACKEND", value)
-    assert KernelChoice("NYSTROMFORMER_BACKEND", backends.CHOICE.packages, device_misfit).chosen == chosen
+    return KernelChoice("NYSTROMFORMER_BACKEND", backends.CHOICE.packages, device_misfit).chosen
 
 
-def test_an_unknown_word_from_the_environment_is_refused_at_use(monkeypatch):
-    monkeypatch.setenv("NYSTROMFORMER_BACKEND", "cuda")
-    choice = KernelChoice("NYSTROMFORMER_BACKEND", backends.CHOICE.packages, device_misfit)
+@pytest.mark.parametrize("value, chosen", [(None, "torch"), ("", "torch"), ("triton", "triton")])
+def test_where_the_environment_chooses_nothing_it_is_torch(value, chosen, monkeypatch):
+    assert chosen_by_the_environment(monkeypatch, value) == chosen
+
+
+def test_an_unknown_choice_of_the_environment_is_refused_at_first_use(monkeypatch):
+    monkeypatch.setattr(backends.CHOICE, "chosen", chosen_by_the_environment(monkeypatch, "cuda"))
     with pytest.raises(
         ValueError, match="kernel backend 'cuda' is unknown; allowed are 'torch', 'auto', 'cpp', 'triton'"
     ):
-        choice.serves("cpp", torch.ones(1))
+        tiny_model()(tokens(1, 12))
 
 
 def test_the_choice_is_no_part_of_a_model():

@@ -35,6 +35,7 @@ class TestNystromformerEncoderOnTheHub(HubRoundTrip):
         "checkpoints.py",
         "cpu_kernels.py",
         "encoder_cpu.py",
+        "functions.py",
         "kernel_choice.py",
         "landmark_triton.py",
         "nystrom_attention.py",
