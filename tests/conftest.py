@@ -30,7 +30,7 @@ settings.load_profile("default")
 
 
 def pytest_collection_finish() -> None:
-    """What imports and collecting left stays to the end: looking through it again and again took a twentieth of the time."""
+    """What imports and collecting left stays to the end: looking through it at every collection takes time."""
     gc.freeze()
 
 
