@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from kermit_hf import FEATURE_MAPS, KermitForCausalLM, backends, kernel_backend
-from kermit_hf.kernel_choice import KernelChoice
 from tests.kermit_hf.tiny_models import tiny_model, tokens
 from tests.triton_kernels import run_python
 
@@ -204,29 +203,19 @@ print(backends.CHOICE.chosen, sorted(loaded & {"triton", "fla"}), sorted(ours))
 """
 
 
-def test_the_environment_chooses_and_a_cpu_loads_no_kernels_of_gpus():
-    result = run_python(LEFT_ALONE, KERMIT_BACKEND="auto")
-    assert result.stdout.strip() == "auto [] []", result.stderr
+@pytest.mark.parametrize("backend, chosen", [("", "torch"), ("auto", "auto")])
+def test_a_cpu_loads_no_kernels_of_gpus(backend, chosen):
+    result = run_python(LEFT_ALONE, KERMIT_BACKEND=backend)
+    assert result.stdout.strip() == f"{chosen} [] []", result.stderr
 
 
-def chosen_by_the_environment(monkeypatch, value: str | None) -> str:
-    monkeypatch.delenv("KERMIT_BACKEND", raising=False)
-    if value is not None:
-        monkeypatch.setenv("KERMIT_BACKEND", value)
-    return KernelChoice("KERMIT_BACKEND", backends.CHOICE.packages, backends._misfit).chosen
-
-
-@pytest.mark.parametrize("value, chosen", [(None, "torch"), ("", "torch"), ("triton", "triton")])
-def test_where_the_environment_chooses_nothing_it_is_torch(value, chosen, monkeypatch):
-    assert chosen_by_the_environment(monkeypatch, value) == chosen
-
-
-def test_an_unknown_choice_of_the_environment_is_refused_at_first_use(monkeypatch):
-    monkeypatch.setattr(backends.CHOICE, "chosen", chosen_by_the_environment(monkeypatch, "cuda"))
-    with pytest.raises(
-        ValueError, match="kernel backend 'cuda' is unknown; allowed are 'torch', 'auto', 'cpp', 'triton', 'fla'"
-    ):
-        tiny_model(TAYLOR)(tokens(1, 12))
+def test_the_environment_chooses_too():
+    result = run_python(LEFT_ALONE, KERMIT_BACKEND="cuda")
+    assert result.returncode == 1
+    assert (
+        "ValueError: kernel backend 'cuda' is unknown; allowed are 'torch', 'auto', 'cpp', 'triton', 'fla'"
+        in result.stderr
+    )
 
 
 def test_the_choice_is_no_part_of_a_model():

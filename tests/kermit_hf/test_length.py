@@ -21,8 +21,8 @@ SETTINGS = {
 TAIL = 50
 
 CASES = [
-    ("delta", torch.bfloat16, 3_000),
-    ("additive_never_forgets", torch.float32, 3_000),
+    ("delta", torch.bfloat16, 5_000),
+    ("additive_never_forgets", torch.float32, 5_000),
     *(
         pytest.param(setting, dtype, 100_000, marks=pytest.mark.slow)
         for setting in SETTINGS

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from nystromformer_hf import backends, kernel_backend
-from nystromformer_hf.kernel_choice import KernelChoice, device_misfit
 from tests.nystromformer_hf.decoder_models import tiny_model, tokens
 from tests.triton_kernels import run_python
 
@@ -131,29 +130,16 @@ print(backends.CHOICE.chosen, "triton" in set(sys.modules) - before, sorted(ours
 """
 
 
-def test_the_environment_chooses_and_a_cpu_loads_no_kernels_of_gpus():
-    result = run_python(LEFT_ALONE, NYSTROMFORMER_BACKEND="auto")
-    assert result.stdout.strip() == "auto False []", result.stderr
+@pytest.mark.parametrize("backend, chosen", [("", "torch"), ("auto", "auto")])
+def test_a_cpu_loads_no_kernels_of_gpus(backend, chosen):
+    result = run_python(LEFT_ALONE, NYSTROMFORMER_BACKEND=backend)
+    assert result.stdout.strip() == f"{chosen} False []", result.stderr
 
 
-def chosen_by_the_environment(monkeypatch, value: str | None) -> str:
-    monkeypatch.delenv("NYSTROMFORMER_BACKEND", raising=False)
-    if value is not None:
-        monkeypatch.setenv("NYSTROMFORMER_BACKEND", value)
-    return KernelChoice("NYSTROMFORMER_BACKEND", backends.CHOICE.packages, device_misfit).chosen
-
-
-@pytest.mark.parametrize("value, chosen", [(None, "torch"), ("", "torch"), ("triton", "triton")])
-def test_where_the_environment_chooses_nothing_it_is_torch(value, chosen, monkeypatch):
-    assert chosen_by_the_environment(monkeypatch, value) == chosen
-
-
-def test_an_unknown_choice_of_the_environment_is_refused_at_first_use(monkeypatch):
-    monkeypatch.setattr(backends.CHOICE, "chosen", chosen_by_the_environment(monkeypatch, "cuda"))
-    with pytest.raises(
-        ValueError, match="kernel backend 'cuda' is unknown; allowed are 'torch', 'auto', 'cpp', 'triton'"
-    ):
-        tiny_model()(tokens(1, 12))
+def test_the_environment_chooses_too():
+    result = run_python(LEFT_ALONE, NYSTROMFORMER_BACKEND="cuda")
+    assert result.returncode == 1
+    assert "ValueError: kernel backend 'cuda' is unknown; allowed are 'torch', 'auto', 'cpp', 'triton'" in result.stderr
 
 
 def test_the_choice_is_no_part_of_a_model():
