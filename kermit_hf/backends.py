@@ -1,8 +1,8 @@
 """On whose kernels the attention of whole texts runs: PyTorch's, our own in C++ for CPUs and in Triton for GPUs, or
 flash-linear-attention's.
 
-PyTorch's, unless another is chosen, because those in C++ have to be compiled, and the others have not run on a GPU yet, only
-through Triton's interpreter:
+On a CPU those in C++ once `python -m kermit_hf.compile` has compiled them, and PyTorch's otherwise ("compiled"), unless another is
+chosen: those for GPUs have not run on one yet, only through Triton's interpreter.
 
     with kernel_backend("auto"):
         model(**inputs)
@@ -31,7 +31,7 @@ import torch
 from packaging.version import Version
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from .cpu_kernels import takes_cpu_tensors
+from .cpu_kernels import are_compiled, takes_cpu_tensors
 from .feature_maps import EluFeatureMap, FavorFeatureMap, FeatureMap, SiluL2FeatureMap, TaylorFeatureMap
 from .kernel_attention import KernelReadout
 from .kernel_choice import KernelChoice, device_misfit, fits_kernels
@@ -55,7 +55,8 @@ class Kernel(NamedTuple):
 
 
 def kernel_backend(name: str) -> AbstractContextManager[None]:
-    """Chooses "torch", "cpp", "triton" or "fla" inside the `with`, for all threads; "auto" leaves the choice to the tensors.
+    """Chooses "torch", "cpp", "triton" or "fla" inside the `with`, for all threads; "auto" leaves the choice to the tensors,
+    "compiled" does so among PyTorch's and those in C++ that are compiled already.
 
     Raises `ValueError` if the name is unknown or a package is not installed.
     """
@@ -182,4 +183,4 @@ def _misfit(name: str, device: torch.device) -> str | None:
 
 
 PACKAGES = {"cpp": {}, "triton": {"triton": "triton"}, "fla": {"fla-core": "fla", "triton": "triton"}}
-CHOICE = KernelChoice("KERMIT_BACKEND", PACKAGES, _misfit)
+CHOICE = KernelChoice("KERMIT_BACKEND", PACKAGES, _misfit, partial(are_compiled, "kermit_hf"))

@@ -1,7 +1,7 @@
 """On whose kernels Nyström attention of whole texts runs: PyTorch's or our own, in C++ for CPUs and in Triton for GPUs.
 
-PyTorch's, unless another is chosen, because those in C++ have to be compiled, and those in Triton have not run on a GPU yet, only
-through its interpreter:
+On a CPU those in C++ once `python -m nystromformer_hf.compile` has compiled them, and PyTorch's otherwise ("compiled"), unless
+another is chosen: those in Triton have not run on a GPU yet, only through its interpreter.
 
     with kernel_backend("auto"):
         model(**inputs)
@@ -23,17 +23,19 @@ from functools import partial
 
 import torch
 
-from .cpu_kernels import takes_cpu_tensors
+from .cpu_kernels import are_compiled, takes_cpu_tensors
 from .kernel_choice import KernelChoice, device_misfit, fits_kernels
 
 
 # The vectors of the kernels in C++ are 4, 8 or 16 floats wide, and rows are made of whole vectors.
 HEAD_DIM_UNIT = 16
-CHOICE = KernelChoice("NYSTROMFORMER_BACKEND", {"cpp": {}, "triton": {"triton": "triton"}}, device_misfit)
+PACKAGES = {"cpp": {}, "triton": {"triton": "triton"}}
+CHOICE = KernelChoice("NYSTROMFORMER_BACKEND", PACKAGES, device_misfit, partial(are_compiled, "nystromformer_hf"))
 
 
 def kernel_backend(name: str) -> AbstractContextManager[None]:
-    """Chooses "torch", "cpp" or "triton" inside the `with`, for all threads; "auto" leaves the choice to the tensors.
+    """Chooses "torch", "cpp" or "triton" inside the `with`, for all threads; "auto" leaves the choice to the tensors, "compiled" does so
+    among PyTorch's and those in C++ that are compiled already.
 
     Raises `ValueError` if the name is unknown or triton is not installed.
     """

@@ -1,8 +1,8 @@
 """Our kernels in C++: when they can run, and how they are compiled.
 
-They are compiled on first use, which takes up to a minute, by `torch.utils.cpp_extension`, and kept in its folder (the environment
-variable TORCH_EXTENSIONS_DIR, or a cache folder of the user) for every other process: of those that start together one compiles,
-and the others wait for it.
+They are compiled by `python -m PACKAGE.compile`, or when a backend that is chosen first needs them, which takes up to a minute, by
+`torch.utils.cpp_extension`, and kept in its folder (the environment variable TORCH_EXTENSIONS_DIR, or a cache folder of the user)
+for every other process: of those that start together one compiles, and the others wait for it.
 """
 
 import hashlib
@@ -71,38 +71,70 @@ def contiguous_rows(states: torch.Tensor) -> torch.Tensor:
 
 
 @cache
-def load_cpu_kernels(namespace: str):
-    """The operators that `SOURCES` register under this namespace. Raises `RuntimeError` if it cannot be compiled."""
-    from filelock import FileLock
-    from torch.utils import cpp_extension
+def are_compiled(namespace: str) -> bool:
+    """Whether the kernels of this package lie compiled on this machine and can be loaded; looked up once in a process."""
+    if sys.platform != "linux" or not SOURCES or not library_of(namespace).exists():
+        return False
+    try:
+        load_cpu_kernels(namespace)
+    except RuntimeError as error:
+        logger.warning(f"{error}; goes on with PyTorch's operators")
+        return False
+    return True
 
-    capability = torch.backends.cpu.get_cpu_capability()
-    flags = ["-O3", "-fopenmp", "-ffp-contract=fast", "-fvisibility=hidden", *INSTRUCTIONS.get(capability, ())]
-    versions = [torch.__version__, *flags, *(file.read_text() for file in (*HEADERS, *SOURCES))]
-    name = f"{namespace}_{hashlib.sha256(repr(versions).encode()).hexdigest()[:16]}"
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
-    library = root / f"{name}.so"
+
+def library_of(namespace: str) -> Path:
+    """Where these kernels lie once they are compiled, by what they are made from."""
+    versions = [torch.__version__, *_flags(), *(file.read_text() for file in (*HEADERS, *SOURCES))]
+    folder = os.environ.get("TORCH_EXTENSIONS_DIR")
+    if not folder:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "torch_extensions")
+    return Path(folder, f"{namespace}_{hashlib.sha256(repr(versions).encode()).hexdigest()[:16]}.so")
+
+
+@cache
+def load_cpu_kernels(namespace: str):
+    """The operators that `SOURCES` register under this namespace. Raises `RuntimeError` if they cannot be compiled or loaded."""
+    library = library_of(namespace)
     if not library.exists():
-        logger.warning(
-            f"Compiling the CPU kernels of {namespace}, or waiting for a process that does, once on this machine: up to a minute."
-        )
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-            with FileLock(root / f"{name}.lock", mode=0o666):
-                if not library.exists():
-                    _compile(library, flags)
-                    return getattr(torch.ops, namespace)
-        except (RuntimeError, OSError, subprocess.SubprocessError) as error:
-            raise RuntimeError(
-                f"the CPU kernels of {namespace} could not be compiled: {error}; see above what {cpp_extension.get_cxx_compiler()} "
-                f"says, name a folder other than {root} in TORCH_EXTENSIONS_DIR, or choose backend 'torch'"
-            ) from error
-    torch.ops.load_library(library)
+        _compile_alone(namespace, library)
+    try:
+        torch.ops.load_library(library)
+    except OSError as error:
+        raise RuntimeError(
+            f"the CPU kernels of {namespace} cannot be loaded: {error}; delete {library}, so that they are compiled anew, or "
+            "choose backend 'torch'"
+        ) from error
     return getattr(torch.ops, namespace)
 
 
-def _compile(library: Path, flags: list[str]) -> None:
-    """Compiles and loads; only a process that holds the lock may."""
+def _flags() -> list[str]:
+    capability = torch.backends.cpu.get_cpu_capability()
+    return ["-O3", "-fopenmp", "-ffp-contract=fast", "-fvisibility=hidden", *INSTRUCTIONS.get(capability, ())]
+
+
+def _compile_alone(namespace: str, library: Path) -> None:
+    """Compiles, or waits for the process that does."""
+    from filelock import FileLock
+    from torch.utils import cpp_extension
+
+    logger.warning(
+        f"Compiling the CPU kernels of {namespace}, or waiting for a process that does, once on this machine: up to a minute."
+    )
+    try:
+        library.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(library.with_suffix(".lock"), mode=0o666):
+            if not library.exists():
+                _compile(library)
+    except (RuntimeError, OSError, subprocess.SubprocessError) as error:
+        raise RuntimeError(
+            f"the CPU kernels of {namespace} could not be compiled: {error}; see above what {cpp_extension.get_cxx_compiler()} "
+            f"says, name a folder other than {library.parent} in TORCH_EXTENSIONS_DIR, or choose backend 'torch'"
+        ) from error
+
+
+def _compile(library: Path) -> None:
+    """Only a process that holds the lock may."""
     from torch.utils import cpp_extension
 
     # In a folder that nobody used before: torch would wait for ever for one that was cut off, and not try again where one failed.
@@ -112,7 +144,7 @@ def _compile(library: Path, flags: list[str]) -> None:
         cpp_extension.load(
             library.stem,
             [str(source) for source in SOURCES],
-            extra_cflags=flags,
+            extra_cflags=_flags(),
             extra_ldflags=["-fopenmp"],
             build_directory=folder,
             is_python_module=False,

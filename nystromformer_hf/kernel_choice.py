@@ -1,7 +1,8 @@
 """Whose kernels run in place of PyTorch's: one choice for each package, made by a context manager or an environment variable.
 
-PyTorch's, unless another is chosen: those for GPUs have only run through Triton's interpreter yet, and that for CPUs has to be
-compiled. With "auto" a backend is taken for tensors on the device it is made for, outside of `torch.compile`, if it can run there.
+"compiled", unless another is chosen: on a CPU those in C++, where they have been compiled, outside of `torch.compile`. Those for
+GPUs have only run through Triton's interpreter yet. With "auto" every backend is taken for tensors on the device it is made for, if
+it can run there; that in C++ is compiled where it has not been.
 """
 
 import os
@@ -23,7 +24,7 @@ MAX_ROWS = 65_535
 
 class KernelChoice:
     """packages: what each backend but PyTorch's needs, and as what it is imported. misfit(backend, device): why it cannot run
-    there and what helps, None if it can.
+    there and what helps, None if it can. are_compiled(): whether the kernels in C++ are.
 
     The environment variable is read once: `torch.compile` cannot look into the environment.
     """
@@ -33,9 +34,10 @@ class KernelChoice:
         variable: str,
         packages: dict[str, dict[str, str]],
         misfit: Callable[[str, torch.device], str | None],
+        are_compiled: Callable[[], bool],
     ):
-        self.packages, self.misfit = packages, misfit
-        self.chosen = os.environ.get(variable) or "torch"
+        self.packages, self.misfit, self.are_compiled = packages, misfit, are_compiled
+        self.chosen = os.environ.get(variable) or "compiled"
 
     @contextmanager
     def use(self, name: str) -> Iterator[None]:
@@ -51,6 +53,8 @@ class KernelChoice:
         """Whether a backend is to be taken for this tensor. Raises `ValueError` if it is the chosen one and cannot run."""
         if self.chosen == "torch" or (name == "cpp" and torch.compiler.is_compiling()):
             return False
+        if self.chosen == "compiled":
+            return name == "cpp" and tensor.device.type == "cpu" and self.are_compiled()
         if self.chosen == "auto":
             made_for = "cpu" if name == "cpp" else "cuda"
             if tensor.device.type != made_for or torch.compiler.is_compiling():
@@ -67,7 +71,7 @@ class KernelChoice:
 
     def check(self, name: str) -> None:
         """Raises `ValueError` if the name is unknown or a package is not installed."""
-        allowed = "torch", "auto", *self.packages
+        allowed = "compiled", "torch", "auto", *self.packages
         if name not in allowed:
             raise ValueError(f"kernel backend {name!r} is unknown; allowed are {', '.join(map(repr, allowed))}")
         missing = self.missing(name)

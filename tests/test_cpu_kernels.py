@@ -4,6 +4,7 @@ import re
 import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
 from pathlib import Path
 from threading import Barrier
 
@@ -13,6 +14,7 @@ from torch.utils import cpp_extension
 
 import nystromformer_hf.cpu_kernels
 from kermit_hf import cpu_kernels
+from tests.triton_kernels import run_python
 
 
 CPU = torch.device("cpu")
@@ -65,6 +67,14 @@ def load(module):
     return module.load_cpu_kernels.__wrapped__("kermit_hf")
 
 
+@pytest.fixture
+def loaded(monkeypatch) -> list[Path]:
+    """Libraries that a test loads, which need not be any."""
+    paths = []
+    monkeypatch.setattr(torch.ops, "load_library", paths.append)
+    return paths
+
+
 def kinds_in(folder: Path) -> list[str]:
     return sorted(path.suffix for path in folder.iterdir())
 
@@ -94,7 +104,7 @@ def test_a_folder_that_cannot_be_written_says_so(module, folder):
         load(module)
 
 
-def test_of_those_that_start_together_one_compiles(module, folder, monkeypatch):
+def test_of_those_that_start_together_one_compiles(module, folder, loaded, monkeypatch):
     compiled, started = [], Barrier(4)
 
     def compile_slowly(name: str, *others, **options) -> None:
@@ -107,15 +117,15 @@ def test_of_those_that_start_together_one_compiles(module, folder, monkeypatch):
         load(module)
 
     monkeypatch.setattr(cpp_extension, "load", compile_slowly)
-    monkeypatch.setattr(torch.ops, "load_library", lambda path: None)
     with ThreadPoolExecutor(4) as threads:
         for result in [threads.submit(start) for _ in range(4)]:
             result.result(timeout=60)
     assert len(compiled) == 1
     assert kinds_in(folder) == [".lock", ".so"]
+    assert loaded == [*folder.glob("*.so")] * 4
 
 
-def test_what_a_process_left_that_was_cut_off_is_cleared_away(module, folder, monkeypatch):
+def test_what_a_process_left_that_was_cut_off_is_cleared_away(module, folder, loaded, monkeypatch):
     monkeypatch.setattr(cpp_extension, "load", write_library)
     load(module)
     (library,) = folder.glob("*.so")
@@ -144,6 +154,82 @@ def test_what_failed_is_tried_again_in_the_same_process(module, folder, monkeypa
             load(module)
     assert load(module) is torch.ops.kermit_hf
     assert kinds_in(folder) == [".lock", ".so"]
+
+
+def test_they_lie_where_torch_keeps_extensions(module, monkeypatch):
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+    assert module.library_of("kermit_hf").parent == Path(cpp_extension.get_default_build_root())
+
+
+def test_those_compiled_before_are_found(module, folder, loaded, monkeypatch):
+    are_compiled = module.are_compiled.__wrapped__
+    monkeypatch.setattr(module, "load_cpu_kernels", module.load_cpu_kernels.__wrapped__)
+    assert not are_compiled("kermit_hf") and not folder.exists()
+    folder.mkdir()
+    library = module.library_of("kermit_hf")
+    library.touch()
+    assert are_compiled("kermit_hf") and not are_compiled("other")
+    assert loaded == [library]
+    monkeypatch.setattr(module, "SOURCES", [])  # as in code from the Hub
+    assert not are_compiled("kermit_hf")
+
+
+def test_a_library_that_cannot_be_loaded_is_named_and_left_alone(module, folder, monkeypatch):
+    """As one compiled on a newer system, where machines share a home folder."""
+    folder.mkdir()
+    library = module.library_of("kermit_hf")
+    library.write_text("no library")
+    with pytest.raises(
+        RuntimeError, match=rf"cannot be loaded: .*; delete {library}, so that .* choose backend 'torch'"
+    ):
+        load(module)
+    warnings = []
+    monkeypatch.setattr(module, "load_cpu_kernels", module.load_cpu_kernels.__wrapped__)
+    monkeypatch.setattr(module.logger, "warning", warnings.append)
+    assert not module.are_compiled.__wrapped__("kermit_hf")
+    (warning,) = warnings
+    assert str(library) in warning and warning.endswith("goes on with PyTorch's operators")
+
+
+@pytest.mark.parametrize("package", ["kermit_hf", "nystromformer_hf"])
+def test_the_command_compiles_and_says_where(package, folder, loaded, monkeypatch, capsys):
+    command, module = (import_module(f"{package}.{name}") for name in ("compile", "cpu_kernels"))
+    monkeypatch.setattr(command, "cpu_misfit", lambda device: None)
+    monkeypatch.setattr(command, "load_cpu_kernels", module.load_cpu_kernels.__wrapped__)
+    monkeypatch.setattr(cpp_extension, "load", write_library)
+    assert command.main([]) == 0
+    (library,) = folder.glob("*.so")
+    assert library.stem.startswith(f"{package}_") and str(library) in capsys.readouterr().out
+
+    folder.rename(folder.with_name("elsewhere"))
+    folder.write_text("no folder")
+    assert command.main([]) == 1
+    assert "File exists" in capsys.readouterr().err
+    monkeypatch.setattr(command, "cpu_misfit", lambda device: "there is no compiler")
+    assert command.main([]) == 1
+    assert capsys.readouterr().err == f"the CPU kernels of {package} cannot be compiled: there is no compiler\n"
+
+
+USED = """
+import sys, torch
+from kermit_hf import KermitConfig, KermitModel, backends
+sizes = dict(vocab_size=20, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, window_size=4)
+model = KermitModel(KermitConfig(**sizes))
+with torch.no_grad():
+    model(torch.ones(1, 12, dtype=torch.long))
+print(backends.CHOICE.chosen, "kermit_hf.window_cpu" in sys.modules, "torch.utils.cpp_extension" in sys.modules)
+"""
+
+
+@pytest.mark.skipif(cpu_kernels.cpu_misfit(CPU) is not None, reason=str(cpu_kernels.cpu_misfit(CPU)))
+def test_by_default_kernels_serve_once_they_are_compiled(tmp_path):
+    """And nothing is compiled unasked."""
+    cpu_kernels.load_cpu_kernels("kermit_hf")
+    result = run_python(USED, KERMIT_BACKEND="")
+    assert result.stdout.strip() == "compiled True False", result.stderr
+    result = run_python(USED, KERMIT_BACKEND="", TORCH_EXTENSIONS_DIR=str(tmp_path))
+    assert result.stdout.strip() == "compiled False False", result.stderr
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_changed_header_is_compiled_anew(module):

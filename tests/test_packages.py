@@ -13,6 +13,7 @@ KERMIT = Path(kermit_hf.__file__).parent
 NYSTROMFORMER = Path(nystromformer_hf.__file__).parent
 SHARED = [
     "checkpoints.py",
+    "compile.py",
     "cpu_kernels.py",
     "functions.py",
     "kernel_choice.py",

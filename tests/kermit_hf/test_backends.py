@@ -128,6 +128,15 @@ def test_torch_compile_gets_the_torch_forms(installed, monkeypatch):
     assert chosen_on_a_gpu(monkeypatch, "delta", "silu_l2", BF16) is None
 
 
+@pytest.mark.parametrize("backend", ["compiled", "torch"])
+def test_kernels_of_gpus_serve_only_where_they_are_chosen(backend, installed, monkeypatch):
+    installed |= {"triton", "fla-core"}
+    monkeypatch.setattr(backends.CHOICE, "are_compiled", lambda: True)
+    with kernel_backend(backend):
+        assert chosen_on_a_gpu(monkeypatch, "additive", "taylor", BF16) is None
+        assert chosen_on_a_gpu(monkeypatch, "delta", "silu_l2", BF16) is None
+
+
 def test_a_chosen_backend_is_the_only_one(installed, monkeypatch):
     installed |= {"triton", "fla-core"}
     with kernel_backend("fla"):
@@ -150,7 +159,8 @@ def test_the_choice_ends_with_an_error():
 
 def test_an_unknown_backend_is_refused():
     with pytest.raises(
-        ValueError, match="kernel backend 'cuda' is unknown; allowed are 'torch', 'auto', 'cpp', 'triton', 'fla'"
+        ValueError,
+        match="kernel backend 'cuda' is unknown; allowed are 'compiled', 'torch', 'auto', 'cpp', 'triton', 'fla'",
     ):
         kernel_backend("cuda").__enter__()
 
@@ -203,7 +213,7 @@ print(backends.CHOICE.chosen, sorted(loaded & {"triton", "fla"}), sorted(ours))
 """
 
 
-@pytest.mark.parametrize("backend, chosen", [("", "torch"), ("auto", "auto")])
+@pytest.mark.parametrize("backend, chosen", [("", "compiled"), ("auto", "auto")])
 def test_a_cpu_loads_no_kernels_of_gpus(backend, chosen):
     result = run_python(LEFT_ALONE, KERMIT_BACKEND=backend)
     assert result.stdout.strip() == f"{chosen} [] []", result.stderr
@@ -213,7 +223,7 @@ def test_the_environment_chooses_too():
     result = run_python(LEFT_ALONE, KERMIT_BACKEND="cuda")
     assert result.returncode == 1
     assert (
-        "ValueError: kernel backend 'cuda' is unknown; allowed are 'torch', 'auto', 'cpp', 'triton', 'fla'"
+        "ValueError: kernel backend 'cuda' is unknown; allowed are 'compiled', 'torch', 'auto', 'cpp', 'triton', 'fla'"
         in result.stderr
     )
 

@@ -88,7 +88,7 @@ def test_the_torch_backend_ends_with_its_block(monkeypatch):
 
 def test_an_unknown_backend_is_refused():
     with pytest.raises(
-        ValueError, match="kernel backend 'fla' is unknown; allowed are 'torch', 'auto', 'cpp', 'triton'"
+        ValueError, match="kernel backend 'fla' is unknown; allowed are 'compiled', 'torch', 'auto', 'cpp', 'triton'"
     ):
         kernel_backend("fla").__enter__()
 
@@ -130,7 +130,7 @@ print(backends.CHOICE.chosen, "triton" in set(sys.modules) - before, sorted(ours
 """
 
 
-@pytest.mark.parametrize("backend, chosen", [("", "torch"), ("auto", "auto")])
+@pytest.mark.parametrize("backend, chosen", [("", "compiled"), ("auto", "auto")])
 def test_a_cpu_loads_no_kernels_of_gpus(backend, chosen):
     result = run_python(LEFT_ALONE, NYSTROMFORMER_BACKEND=backend)
     assert result.stdout.strip() == f"{chosen} False []", result.stderr
@@ -139,7 +139,10 @@ def test_a_cpu_loads_no_kernels_of_gpus(backend, chosen):
 def test_the_environment_chooses_too():
     result = run_python(LEFT_ALONE, NYSTROMFORMER_BACKEND="cuda")
     assert result.returncode == 1
-    assert "ValueError: kernel backend 'cuda' is unknown; allowed are 'torch', 'auto', 'cpp', 'triton'" in result.stderr
+    assert (
+        "ValueError: kernel backend 'cuda' is unknown; allowed are 'compiled', 'torch', 'auto', 'cpp', 'triton'"
+        in result.stderr
+    )
 
 
 def test_the_choice_is_no_part_of_a_model():
