@@ -120,7 +120,7 @@ class KermitKernelAttention(KermitSoftmaxAttention):
             init.zeros_(self.far_bias)
         if self.config.forget_gate:
             # Heads start with half-lives from about 20 to 10,000 tokens, so that some of them remember far.
-            forget = torch.logspace(-1.5, -4, self.forget_proj.out_features)
+            forget = torch.logspace(-1.5, -4, self.forget_proj.out_features, dtype=torch.float32)
             init.copy_(self.forget_proj.bias, torch.logit(1 - forget))
         if self.config.conv_kernel_size:
             identity = torch.zeros_like(self.conv_weight, device="cpu")

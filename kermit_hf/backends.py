@@ -18,7 +18,8 @@ it is installed; and PyTorch the rest. A backend that is named leaves to PyTorch
              field; heads up to 256 in bfloat16, 128 in other dtypes
     fla      far field: both rules with any feature map (delta: up to 256 features), in bfloat16
 
-Single tokens (decoding) and explicit weights always are PyTorch's.
+For single tokens (decoding), where no gradient is needed, "cpp" has kernels of their own, also of windows that nothing has left yet;
+"triton" and "fla" have none. Explicit weights always are PyTorch's.
 """
 
 from collections.abc import Callable
@@ -42,13 +43,15 @@ MAX_COORDINATES, MAX_SINKS = 64, 128
 
 
 class Kernel(NamedTuple):
-    """A chunked form in place of PyTorch's, and what prepares queries and keys for it. takes_mask: tokens that do not enter
-    the memory are named by `key_mask`, not by features of zero. divides: with `divides=True` its numerators come divided by
-    their denominators, those below 1e-30 taken as that. whole_texts: it is best given a text as a whole, however long."""
+    """A chunked form in place of PyTorch's, one for a single token where there is any, and what prepares queries and keys for
+    them. takes_mask: tokens that do not enter the memory are named by `key_mask`, not by features of zero. divides: with
+    `divides=True` numerators come divided by their denominators, those below 1e-30 taken as that. whole_texts: the chunked form
+    is best given a text as a whole, however long."""
 
     chunked: Callable[..., KernelReadout]
     map_queries: Callable
     map_keys: Callable
+    step: Callable[..., KernelReadout] | None = None
     takes_mask: bool = False
     divides: bool = False
     whole_texts: bool = False
@@ -85,6 +88,16 @@ def find_fused_window(query: torch.Tensor) -> Callable[..., torch.Tensor] | None
     return None
 
 
+def find_window_step(query: torch.Tensor, *others: torch.Tensor) -> Callable[..., torch.Tensor] | None:
+    """What to run instead of rotary positions, scores of sinks and near field of a single query, where none of the states that it
+    reads needs a gradient; None where there is nothing. Raises as `find_window` does."""
+    if CHOICE.serves("cpp", query) and takes_cpu_tensors(query, *others):
+        from .step_cpu import need_gradient, window_step_fused
+
+        return None if need_gradient(query, *others) else window_step_fused
+    return None
+
+
 def find_kernel(
     update_rule: str, map_queries: Callable, map_keys: Callable, query: torch.Tensor, value: torch.Tensor
 ) -> Kernel | None:
@@ -104,31 +117,49 @@ def find_kernel(
         forms = {"additive": fla_additive_chunked, "delta": fla_delta_chunked}
         return Kernel(forms[update_rule], map_queries, map_keys)
     if CHOICE.serves("cpp", query) and takes_cpu_tensors(query, value):
-        find = {"additive": _additive_in_cpp, "delta": _delta_in_cpp}[update_rule]
-        return find(feature_map, map_queries, map_keys)
+        return _find_in_cpp(update_rule, map_queries, map_keys)
     return None
+
+
+def find_step_kernel(
+    update_rule: str, map_queries: Callable, map_keys: Callable, query: torch.Tensor, value: torch.Tensor
+) -> Kernel | None:
+    """`find_kernel` for a single query, among those with a form for it."""
+    if CHOICE.serves("cpp", query) and takes_cpu_tensors(query, value):
+        return _find_in_cpp(update_rule, map_queries, map_keys)
+    return None
+
+
+def _find_in_cpp(update_rule: str, map_queries: Callable, map_keys: Callable) -> Kernel:
+    feature_map = getattr(map_queries, "__self__", None)
+    return {"additive": _additive_in_cpp, "delta": _delta_in_cpp}[update_rule](feature_map, map_queries, map_keys)
 
 
 def _additive_in_cpp(feature_map: FeatureMap | None, map_queries: Callable, map_keys: Callable) -> Kernel:
     from .additive_cpu import additive_elu_fused, additive_fused
+    from .step_cpu import additive_elu_step_fused, additive_step_fused
 
     if type(feature_map) is EluFeatureMap and not feature_map.unit_norm:
         unmapped = _unmapped_queries, _unmapped_keys
-        return Kernel(additive_elu_fused, *unmapped, takes_mask=True, divides=True, whole_texts=True)
+        return Kernel(
+            additive_elu_fused, *unmapped, additive_elu_step_fused, takes_mask=True, divides=True, whole_texts=True
+        )
     if type(feature_map) is FavorFeatureMap and not feature_map.unit_norm:
         from .favor_cpu import favor_keys, favor_queries
 
         directions = feature_map.directions
         map_queries, map_keys = (partial(form, directions=directions) for form in (favor_queries, favor_keys))
-    return Kernel(additive_fused, map_queries, map_keys, divides=True)
+    return Kernel(additive_fused, map_queries, map_keys, additive_step_fused, divides=True)
 
 
 def _delta_in_cpp(feature_map: FeatureMap | None, map_queries: Callable, map_keys: Callable) -> Kernel:
     from .delta_cpu import delta_fused, delta_silu_fused
+    from .step_cpu import delta_silu_step_fused, delta_step_fused
 
     if type(feature_map) is SiluL2FeatureMap and feature_map.unit_norm:
-        return Kernel(delta_silu_fused, _unmapped_queries, _unmapped_keys, whole_texts=True)
-    return Kernel(delta_fused, map_queries, map_keys, whole_texts=True)
+        unmapped = _unmapped_queries, _unmapped_keys
+        return Kernel(delta_silu_fused, *unmapped, delta_silu_step_fused, whole_texts=True)
+    return Kernel(delta_fused, map_queries, map_keys, delta_step_fused, whole_texts=True)
 
 
 def _unmapped_queries(query: torch.Tensor) -> tuple[torch.Tensor, None]:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .backends import find_kernel
+from .backends import Kernel, find_kernel, find_step_kernel
 from .functions import apply_function
 from .kernel_attention import (
     KernelMemory,
@@ -74,16 +74,24 @@ def read_far_field(
     rule = UPDATE_RULES[update_rule]
     if slots.keys.shape[2] <= window_size:
         return None, slots.memory, query, slots
-    if not explicit and query.shape[2] > 1:
-        kernel = find_kernel(update_rule, map_queries, map_keys, query, slots.values)
-        if kernel is not None:
-            options = {"takes_mask": kernel.takes_mask, "divides": kernel.divides}
-            rule = rule._replace(chunked=kernel.chunked, step=kernel.chunked, **options)
-            map_queries, map_keys = kernel.map_queries, kernel.map_keys
+    kernel = None if explicit else _find_kernel(update_rule, map_queries, map_keys, query, slots)
+    if kernel is not None:
+        options = {"takes_mask": kernel.takes_mask, "divides": kernel.divides}
+        rule = rule._replace(chunked=kernel.chunked, step=kernel.step or kernel.chunked, **options)
+        map_queries, map_keys = kernel.map_queries, kernel.map_keys
     if not is_causal:
         far = _far_both_ways(*map_queries(query), slots, window_size, rule, map_keys, explicit)
         return far, None, query, slots
     return _far_behind(query, slots, window_size, rule, map_queries, map_keys, explicit, hands_on)
+
+
+def _find_kernel(
+    update_rule: str, map_queries: Callable, map_keys: Callable, query: torch.Tensor, slots: Slots
+) -> Kernel | None:
+    if query.shape[2] == 1 and slots.memory is None:
+        return None
+    find = find_kernel if query.shape[2] > 1 else find_step_kernel
+    return find(update_rule, map_queries, map_keys, query, slots.values)
 
 
 def _far_behind(

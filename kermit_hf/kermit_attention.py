@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .backends import find_fused_window, find_kernel, find_norm, find_window
+from .backends import find_fused_window, find_kernel, find_norm, find_window, find_window_step
 from .far_field import normalized_value, normalized_weights, read_far_field, virtual_token
 from .functions import apply_function
 from .kernel_attention import KernelMemory
@@ -163,7 +163,7 @@ def _attend(
     far_field, far_weights = None, None
     if far is not None:
         early = length - far.numerator.shape[2]
-        if far_norm is not None and not explicit and query.shape[2] > 1:
+        if far_norm is not None and not explicit:
             far_norm = find_norm(far_norm, far.numerator)
         far_value = normalized_value(far, far_norm)
         if explicit:
@@ -178,6 +178,13 @@ def _attend(
 
     cos, sin = rotary
     has_sinks = num_slots > window_size and slots.sink_keys.shape[2] > 0
+    is_step = length == 1 and is_causal and not explicit
+    if is_step and dropout == 0.0:
+        sinks = (slots.sink_keys, slots.sink_values) if has_sinks else None
+        step = find_window_step(query, slots.keys, slots.values, *(sinks or ()), *(far_field or ()))
+        if step is not None:
+            parts = window_size, slots.first_real, sinks, far_field, rotary, scaling
+            return KermitAttentionOutput(step(query, slots.keys, slots.values, *parts), memory)
     if fused is not None:
         sinks = None
         if has_sinks:
@@ -186,7 +193,7 @@ def _attend(
         return KermitAttentionOutput(fused(query, slots.keys, slots.values, *parts), memory)
     if explicit:
         window = window_reference
-    elif length == 1 and is_causal:
+    elif is_step:
         window = window_step
         query = query.to(torch.promote_types(query.dtype, torch.float32))
     else:

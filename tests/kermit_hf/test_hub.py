@@ -52,6 +52,7 @@ class TestKermitOnTheHub(GenerativeHubRoundTrip):
         "kernel_choice.py",
         "padding.py",
         "slots.py",
+        "step_cpu.py",
         "taylor_triton.py",
         "triton_tiles.py",
         "validation.py",

@@ -602,6 +602,17 @@ class TestPrecision:
         error = (low.float() - high)[mask == 1].norm() / high[mask == 1].norm()
         assert error < tolerance
 
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_a_model_made_in_half_precision_starts_as_in_float32(self, dtype):
+        """Heads that remember longest forget so little that one minus it is one in half precision."""
+        low, high = (
+            transformers.AutoModelForCausalLM.from_config(tiny_config(), dtype=d) for d in (dtype, torch.float32)
+        )
+        assert all(parameter.isfinite().all() for parameter in low.parameters())
+        for name, parameter in low.named_parameters():
+            if "forget_proj.bias" in name:
+                assert torch.equal(parameter, high.get_parameter(name).to(dtype)), name
+
     @pytest.mark.parametrize("setting", ["delta", "additive_favor", "additive"])
     def test_autocast(self, setting):
         model = tiny_model(setting)

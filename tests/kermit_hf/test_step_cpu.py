@@ -1,0 +1,366 @@
+"""The kernels in C++ for single tokens: the float64 recurrence and softmax, from any layout, alone and in models that decode."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from kermit_hf import kernel_backend, step_cpu
+from kermit_hf.cpu_kernels import cpu_misfit
+from kermit_hf.kermit_attention import rotate
+from kermit_hf.step_cpu import (
+    additive_elu_step_fused,
+    additive_step_fused,
+    delta_silu_step_fused,
+    delta_step_fused,
+    window_step_fused,
+)
+from kermit_hf.window_attention import FarField
+from tests.kermit_hf import oracles
+from tests.kermit_hf.test_delta_cpu import every_second, transposed
+from tests.kermit_hf.test_kernel_attention import Inputs, assert_close, make_inputs, oracle
+from tests.kermit_hf.tiny_models import SETTINGS, place, tiny_model, tokens
+from tests.threads import assert_equal_on_any_number_of_threads
+
+
+MISFIT = cpu_misfit(torch.device("cpu"))
+pytestmark = pytest.mark.skipif(MISFIT is not None, reason=f"kernels for CPUs cannot run: {MISFIT}")
+
+# Of the largest entry: a step sums as many terms as there are features, or tokens in a window.
+TOLERANCE = 2e-6
+SCALING = 0.3
+
+
+# Near field.
+
+
+def window_inputs(slots: int, head_dim: int, heads: int, kv_heads: int, num_sinks: int, batch: int = 3) -> dict:
+    """In float32, with three texts: of the last one no token is real but the newest, and of the first one the first has left."""
+    past = batch, kv_heads, slots, head_dim
+    return {
+        "query": torch.randn(batch, heads, 1, head_dim),
+        "key": torch.randn(past),
+        "value": torch.randn(past),
+        "first_real": torch.tensor([-2, slots // 2, slots])[:batch],
+        "sinks": tuple(torch.randn(batch, kv_heads, num_sinks, head_dim) for _ in range(2)) if num_sinks else None,
+        "far": FarField(torch.randn(batch, heads, 1, head_dim), torch.randn(batch, heads, 1)),
+    }
+
+
+def tables(slots: int, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine and sine of more slots than there are."""
+    angles = torch.arange(slots + 2)[:, None] * 3.0 ** -torch.arange(head_dim // 2).repeat(2)
+    return angles.cos(), angles.sin()
+
+
+def window_oracle(query, key, value, window_size, first_real, sinks, far, rotary, scaling) -> torch.Tensor:
+    """The softmax of each query over the list of what it sees, in float64."""
+    cos, sin = (table.double() for table in rotary)
+    slots, groups = key.shape[2], query.shape[1] // key.shape[1]
+    newest, output = slots - 1, torch.empty(query.shape[:3] + value.shape[3:], dtype=torch.float64)
+    for row, head in itertools.product(range(query.shape[0]), range(query.shape[1])):
+        own, first = (row, head // groups), int(first_real if isinstance(first_real, int) else first_real[row])
+        turned = rotate(query[row, head].double(), cos[newest : newest + 1], sin[newest : newest + 1])[0]
+        scores, values = [], []
+
+        def see(key_row, value_row, place, turned=turned, scores=scores, values=values):
+            key_row = rotate(key_row.double()[None], cos[place : place + 1], sin[place : place + 1])[0]
+            scores.append(scaling * (turned @ key_row))
+            values.append(value_row.double())
+
+        for slot in range(max(slots - window_size, 0), slots):
+            if slot >= first or slot == newest:
+                see(key[own][slot], value[own][slot], slot)
+        for index in range(0 if sinks is None else sinks[0].shape[2]):
+            if first + index <= newest - window_size:
+                see(sinks[0][own][index], sinks[1][own][index], newest - window_size + index)
+        if far is not None:
+            scores.append(far.logit[row, head, 0].double())
+            values.append(far.value[row, head, 0].double())
+        output[row, head, 0] = torch.stack(scores).softmax(0) @ torch.stack(values)
+    return output
+
+
+def assert_near_field_follows(window_size: int, inputs: dict, tolerance: float = TOLERANCE) -> None:
+    rotary = tables(*inputs["key"].shape[2:])
+    expected = window_oracle(**inputs, window_size=window_size, rotary=rotary, scaling=SCALING)
+    actual = window_step_fused(**inputs, window_size=window_size, rotary=rotary, scaling=SCALING)
+    assert actual.dtype == torch.float32
+    assert_close(actual, expected, tolerance)
+
+
+@pytest.mark.parametrize("slots, window_size", [(1, 1), (1, 8), (5, 8), (8, 8), (9, 8), (12, 8), (40, 1), (133, 128)])
+@pytest.mark.parametrize("num_sinks", [0, 1, 4])
+def test_any_window(slots, window_size, num_sinks):
+    seen = min(num_sinks, window_size) if slots > window_size else 0
+    assert_near_field_follows(window_size, window_inputs(slots, 8, 4, 2, seen))
+
+
+@pytest.mark.parametrize("head_dim", [2, 6, 16, 64, 100])
+@pytest.mark.parametrize("heads, kv_heads", [(1, 1), (6, 2), (4, 4)])
+def test_any_head(head_dim, heads, kv_heads):
+    assert_near_field_follows(12, window_inputs(20, head_dim, heads, kv_heads, 2))
+
+
+@pytest.mark.parametrize("first_real", [0, 3, -30])
+def test_without_padding_one_number_serves_all_texts(first_real):
+    assert_near_field_follows(12, window_inputs(20, 8, 4, 2, 2) | {"first_real": first_real})
+
+
+def test_without_a_far_field_and_with_one_that_is_empty():
+    inputs = window_inputs(20, 8, 4, 2, 2)
+    assert_near_field_follows(12, inputs | {"far": None})
+    closed = inputs["far"]._replace(logit=torch.full((3, 4, 1), float("-inf")))
+    assert_near_field_follows(12, inputs | {"far": closed})
+
+
+def test_scores_may_be_large():
+    """A score of a hundred is exact to 1e-5 in float32, and so is its exponential."""
+    inputs = window_inputs(20, 8, 4, 2, 2)
+    assert_near_field_follows(12, inputs | {"query": 60 * inputs["query"]}, 1e-5)
+
+
+@pytest.mark.parametrize("layout", [transposed, every_second])
+def test_the_near_field_takes_any_layout(layout):
+    inputs = window_inputs(20, 8, 4, 2, 2)
+    laid = {name: layout(inputs[name]) for name in ("query", "key", "value")}
+    parts = {"sinks": tuple(map(layout, inputs["sinks"])), "far": FarField(*map(layout, inputs["far"]))}
+    assert_near_field_follows(12, inputs | laid | parts)
+
+
+# Far field.
+
+
+def run(form, inputs: Inputs, **options) -> tuple[torch.Tensor | None, ...]:
+    with torch.no_grad():
+        read = form(**inputs.rule_arguments(), memory=inputs.memory(), **options)
+    return read.numerator, read.denominator, *read.memory
+
+
+def assert_steps_follow(form, expected: Inputs, actual: Inputs | None = None, **options) -> None:
+    """expected: in float64; actual: the same for the form, in float32 by default."""
+    actual = expected.to(torch.float32) if actual is None else actual
+    for ours, theirs in zip(run(form, actual, **options), oracle(expected), strict=False):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            assert_close(ours, theirs, TOLERANCE)
+
+
+FORMS = {"delta": delta_step_fused, "additive": additive_step_fused}
+RULES = pytest.mark.parametrize("rule", FORMS)
+
+
+@RULES
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("features, head_dim", [(1, 1), (3, 20), (64, 64), (145, 40)])
+@pytest.mark.parametrize("heads, kv_heads", [(1, 1), (6, 2)])
+def test_any_size_and_any_groups(rule, gated, features, head_dim, heads, kv_heads):
+    sizes = {"features": features, "head_dim": head_dim, "heads": heads, "kv_heads": kv_heads}
+    assert_steps_follow(FORMS[rule], make_inputs(rule, gated, 1, **sizes))
+
+
+@RULES
+@pytest.mark.parametrize("layout", [transposed, every_second])
+def test_the_rules_take_any_layout(rule, layout):
+    inputs = make_inputs(rule, True, 1)
+    single = {name: layout(tensor.detach().float()) for name, tensor in inputs.tensors.items()}
+    assert_steps_follow(FORMS[rule], inputs, Inputs(single, rule))
+
+
+@RULES
+@pytest.mark.parametrize("log_forget", [0.0, -39.0, -1e4])
+def test_the_memory_may_be_kept_or_dropped(rule, log_forget):
+    inputs = make_inputs(rule, True, 1)
+    with torch.no_grad():
+        inputs.tensors["log_forget"].fill_(log_forget)
+    assert_steps_follow(FORMS[rule], inputs)
+
+
+@RULES
+def test_what_was_read_stays_as_it_was(rule):
+    """The memory of a cache that may be copied or rolled back."""
+    inputs = make_inputs(rule, True, 1).to(torch.float32)
+    before = {name: tensor.detach().clone() for name, tensor in inputs.tensors.items()}
+    run(FORMS[rule], inputs)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in inputs.tensors.items())
+
+
+def mapped(inputs: Inputs, feature_map) -> Inputs:
+    tensors = {name: t.detach() for name, t in inputs.tensors.items()}
+    return inputs._replace(tensors=tensors | {name: feature_map(tensors[name]) for name in ("query", "key")})
+
+
+@pytest.mark.parametrize(
+    "rule, form, feature_map",
+    [
+        ("delta", delta_silu_step_fused, oracles.silu_l2_features),
+        ("additive", additive_elu_step_fused, oracles.elu_features),
+    ],
+)
+def test_elementwise_feature_maps_are_applied_here(rule, form, feature_map):
+    inputs = make_inputs(rule, True, 1, features=16)
+    with torch.no_grad():
+        inputs.tensors["query"].copy_(3 * torch.randn(2, 4, 1, 16))
+        inputs.tensors["key"].copy_(3 * torch.randn(2, 2, 1, 16))
+    single = inputs.to(torch.float32)
+    assert_steps_follow(form, mapped(inputs, feature_map), single)
+
+
+def test_a_token_that_does_not_enter_leaves_the_additive_memory():
+    inputs = make_inputs("additive", False, 1)
+    mask = torch.tensor([[[0.0]], [[1.0]]])
+    single = inputs.to(torch.float32)
+    masked = mapped(inputs, oracles.elu_features)
+    masked.tensors["key"] *= mask[..., None]
+    assert_steps_follow(additive_elu_step_fused, masked, single, key_mask=mask)
+    _, _, matrix, _ = run(additive_elu_step_fused, single, key_mask=mask)
+    assert torch.equal(matrix[0], single.tensors["matrix"][0])
+
+
+def test_numerators_may_come_divided():
+    inputs = make_inputs("additive", True, 1).to(torch.float32)
+    numerator, denominator, *memory = run(additive_step_fused, inputs)
+    quotient, *others = run(additive_step_fused, inputs, divides=True)
+    assert_close(quotient, numerator / denominator[..., None], TOLERANCE)
+    assert all(torch.equal(*pair) for pair in zip(others, [denominator, *memory], strict=True))
+
+
+def test_a_denominator_of_zero_divides_nothing_by_zero():
+    inputs = make_inputs("additive", False, 1).to(torch.float32)
+    empty = Inputs({name: torch.zeros_like(tensor) for name, tensor in inputs.tensors.items()}, "additive")
+    quotient, *_ = run(additive_step_fused, empty, divides=True)
+    assert torch.equal(quotient, torch.zeros_like(quotient))
+
+
+def test_results_do_not_depend_on_the_number_of_threads():
+    inputs, rotary = window_inputs(133, 64, 8, 4, 4), tables(133, 64)
+    rules = [make_inputs(rule, True, 1, heads=8, kv_heads=4, features=64, head_dim=64) for rule in FORMS]
+
+    def steps() -> list[torch.Tensor]:
+        results = [window_step_fused(**inputs, window_size=128, rotary=rotary, scaling=SCALING)]
+        for rule in rules:
+            results += [tensor for tensor in run(FORMS[rule.rule], rule.to(torch.float32)) if tensor is not None]
+        return results
+
+    assert_equal_on_any_number_of_threads(steps)
+
+
+# In models.
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list[str]:
+    """The kernels that ran."""
+    kernels, made = step_cpu.load_cpu_kernels("kermit_hf"), []
+
+    class Recorded:
+        def __getattr__(self, name):
+            made.append(name)
+            return getattr(kernels, name)
+
+    monkeypatch.setattr(step_cpu, "load_cpu_kernels", lambda namespace: Recorded())
+    return made
+
+
+def decode(model, input_ids: torch.Tensor, mask: torch.Tensor, prompt: int, **options) -> torch.Tensor:
+    """Logits of all tokens from the last one of the prompt on, one after the other."""
+    output = model(input_ids[:, :prompt], attention_mask=mask[:, :prompt], use_cache=True, **options)
+    logits = [output.logits[:, -1:]]
+    for end in range(prompt + 1, input_ids.shape[1] + 1):
+        newest = input_ids[:, end - 1 : end]
+        output = model(newest, attention_mask=mask[:, :end], past_key_values=output.past_key_values)
+        logits.append(output.logits)
+    return torch.cat(logits, 1)
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("side", ["left", None])
+def test_a_model_decodes_as_it_reads(setting, side, calls):
+    """Against PyTorch's forms for whole texts."""
+    model = tiny_model(setting)
+    input_ids, mask = place([tokens(40), tokens(40 if side is None else 27)], "left")
+    with torch.no_grad():
+        with kernel_backend("torch"):
+            expected = model(input_ids, attention_mask=mask).logits[:, 2:]
+        with kernel_backend("cpp"):
+            actual = decode(model, input_ids, mask, 3)
+    layers = model.config.layer_types.count("kernel_attention")
+    assert calls.count("window_step") == (37 * layers if model.config.window_size else 0)
+    rule = model.config.update_rule
+    assert (f"{rule}_step" in calls) == (model.config.window_size < 40)
+    seen = mask[:, 2:] == 1
+    # Rounding passes through two or three layers whose weights are large.
+    assert_close(actual[seen], expected[seen], 1e-4)
+
+
+def test_generation_writes_the_same(calls):
+    model, prompt = tiny_model("delta"), tokens(2, 12)
+    options = {"max_new_tokens": 30, "min_new_tokens": 30, "do_sample": False, "num_beams": 2}
+    expected = model.generate(prompt, **options)
+    assert not calls
+    with kernel_backend("cpp"):
+        assert torch.equal(model.generate(prompt, **options), expected)
+    assert {"window_step", "delta_step"} <= set(calls)
+
+
+def test_tokens_that_may_be_rolled_back_are_read_alike(calls):
+    """As assisted generation reads them: the memory of what may go is thrown away."""
+    model, input_ids = tiny_model("additive"), tokens(1, 40)
+    with torch.no_grad(), kernel_backend("torch"):
+        expected = model(input_ids).logits[:, -1:]
+    with torch.no_grad(), kernel_backend("cpp"):
+        cache = model(input_ids[:, :20], use_cache=True).past_key_values
+        for layer in cache.layers:
+            layer.activate_past_recording()
+        for _ in range(16):
+            model(tokens(1, 1), past_key_values=cache)
+        cache.crop(-16)
+        for index in range(20, 40):
+            actual = model(input_ids[:, index : index + 1], past_key_values=cache).logits
+    assert "window_step" in calls
+    assert_close(actual, expected, 1e-4)
+
+
+@pytest.mark.parametrize(
+    "setting, trained",
+    [
+        *itertools.product(["delta", "delta_pure", "additive", "additive_favor", "additive_pure"], ["", "v_proj"]),
+        *itertools.product(["delta", "delta_pure"], ["forget_proj", "write_proj"]),
+        *itertools.product(["delta", "additive", "additive_favor"], ["far_bias"]),
+        *itertools.product(["additive"], ["forget_proj", "feature_map"]),
+    ],
+)
+def test_a_step_with_gradients_is_left_to_forms_that_have_them(setting, trained, calls):
+    """Also if all but a few parameters are frozen, which leaves most states without a gradient."""
+    model, input_ids, gradients = tiny_model(setting), tokens(2, 30), []
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trained in name)
+    for backend in ("torch", "cpp"):
+        model.zero_grad()
+        with kernel_backend(backend):
+            logits = decode(model, input_ids, torch.ones_like(input_ids), 20)
+        F.cross_entropy(logits[:, :-1].flatten(0, 1), input_ids[:, 20:].flatten()).backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert trained or not calls
+    assert gradients[0].keys() == gradients[1].keys()
+    largest = max(gradient.abs().max() for gradient in gradients[0].values())
+    for name, expected in gradients[0].items():
+        # Gradients that nearly cancel are as exact as what cancels in them.
+        assert (gradients[1][name] - expected).abs().max() < 1e-4 * (expected.abs().max() + 0.01 * largest), name
+
+
+@pytest.mark.parametrize("options", [{"dtype": torch.float64}, {"dtype": torch.bfloat16}, {"implementation": "eager"}])
+def test_other_dtypes_and_explicit_weights_are_left_to_torch(options, calls):
+    model = tiny_model("delta", implementation=options.get("implementation")).to(options.get("dtype", torch.float32))
+    input_ids = tokens(1, 24)
+    with torch.no_grad(), kernel_backend("cpp"):
+        decode(model, input_ids, torch.ones_like(input_ids), 20)
+    assert not calls
+
+
+def test_dropout_is_left_to_torch(calls):
+    model, input_ids = tiny_model("delta", attention_dropout=0.5).train(), tokens(1, 24)
+    with torch.no_grad(), kernel_backend("cpp"):
+        decode(model, input_ids, torch.ones_like(input_ids), 20)
+    assert "window_step" not in calls
