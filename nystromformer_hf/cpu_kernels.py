@@ -61,9 +61,10 @@ def takes_cpu_tensors(*tensors: torch.Tensor) -> bool:
 def contiguous_rows(states: torch.Tensor) -> torch.Tensor:
     """In float32, with a contiguous last axis: how the kernels take states and their gradients. Expanded axes stay expanded, as
     those of the gradient of a sum."""
-    states, shape = states.float(), states.shape
+    states = states.float()
     if states.stride(-1) == 1:
         return states
+    shape = states.shape
     for axis in range(states.dim() - 1):
         if states.stride(axis) == 0 and shape[axis] > 1:
             states = states.narrow(axis, 0, 1)

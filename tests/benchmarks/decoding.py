@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import NamedTuple
 
@@ -22,7 +23,7 @@ class Decoder(NamedTuple):
     """A model and an empty cache for it. `fill(cache, place)` brings the cache there.
 
     `rewind` takes the new tokens out of the cache again, for models whose time depends on their number. `tokens`: new ones
-    of a run, as many as it takes until the cost of each comes round again.
+    of a run, as many as it takes until the cost of each comes round again. `backend()`: the kernels that new tokens run on.
     """
 
     model: PreTrainedModel
@@ -30,6 +31,7 @@ class Decoder(NamedTuple):
     fill: Callable[[Cache, Place], None]
     rewind: bool = False
     tokens: int = 4
+    backend: Callable[[], AbstractContextManager] = nullcontext
 
 
 def compare_decoding(
@@ -41,9 +43,10 @@ def compare_decoding(
     @torch.no_grad()
     def decode(decoder: Decoder, cache: Cache, place: Place) -> None:
         token = torch.full((place.batch, 1), 3)
-        for index in range(decoder.tokens):
-            position = torch.full((place.batch, 1), place.context + index)
-            decoder.model(token, past_key_values=cache, use_cache=True, position_ids=position)
+        with decoder.backend():
+            for index in range(decoder.tokens):
+                position = torch.full((place.batch, 1), place.context + index)
+                decoder.model(token, past_key_values=cache, use_cache=True, position_ids=position)
         if decoder.rewind:
             cache.crop(-decoder.tokens)
 

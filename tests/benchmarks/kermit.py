@@ -13,7 +13,7 @@ from kermit_hf.kermit_attention import kermit_attention
 from kermit_hf.slots import Slots, first_tokens
 
 from . import peers, work
-from .compiled import compiled, with_compiled
+from .compiled import are_compiled, compiled, with_compiled
 from .decoding import Decoder, Place, compare_decoding, fill_at_random, fill_by_prompt
 from .measure import Contender, Limits, Result, Section, Skipped, by_length, generator
 from .models import HEAD_DIM, HEADS, LENGTHS, SINKS, WINDOW, body
@@ -136,8 +136,8 @@ def transformers_gated_delta() -> Callable[..., torch.Tensor]:
 
 
 def time_decoding(lengths: tuple[int, ...], limits: Limits) -> Iterator[list[Result | Skipped]]:
-    """KERMIT as `generate()` runs it by default and with a static cache and `torch.compile`; a Llama of the same body with
-    the default cache."""
+    """KERMIT as `generate()` runs it by default, on PyTorch and with our kernels, and with a static cache and `torch.compile`; a
+    Llama of the same body with the default cache."""
     torch.manual_seed(0)
     kermit = KermitForCausalLM(KermitConfig(**body(), window_size=WINDOW)).eval()
     llama = LlamaForCausalLM(LlamaConfig(**body())).eval()
@@ -149,6 +149,8 @@ def time_decoding(lengths: tuple[int, ...], limits: Limits) -> Iterator[list[Res
         "KERMIT": Decoder(kermit, partial(DynamicCache, config=kermit.config), prompt),
         "KERMIT, static cache, compiled": Decoder(torch.compile(kermit, fullgraph=True), static, prompt),
     }
+    if are_compiled(kernel_backend):
+        decoders[compiled("KERMIT")] = decoders["KERMIT"]._replace(backend=partial(kernel_backend, "cpp"))
     return compare_decoding(decoders, {length: Place(length) for length in lengths}, limits)
 
 
@@ -195,6 +197,8 @@ SECTIONS = {
         CONTEXTS,
         (
             Flat("KERMIT", 1.1),
+            Flat(compiled("KERMIT"), 1.1),
+            *(Faster(compiled("KERMIT"), "Llama", context, 1.0) for context in CONTEXTS if context >= 1024),
             Flat("KERMIT, static cache, compiled", 1.1),
             Faster("KERMIT, static cache, compiled", "Llama", 32768, 25.0),
         ),

@@ -10,7 +10,7 @@ from kermit_hf import KermitConfig, KermitForCausalLM, kernel_backend
 from nystromformer_hf import NystromformerHFDecoderConfig, NystromformerHFDecoderForCausalLM
 
 from . import work
-from .compiled import compiled, with_compiled
+from .compiled import are_compiled, compiled, with_compiled
 from .decoding import Decoder, Place, compare_decoding, fill_at_random, fill_by_prompt
 from .measure import Contender, Limits, Result, Section, Skipped, by_length
 from .targets import growing
@@ -119,6 +119,8 @@ def time_batches(batches: tuple[int, ...], limits: Limits) -> Iterator[list[Resu
     for name, model in models.items():
         fill = at_random if name == "Llama" else partial(fill_by_prompt, model)
         timed[name] = Decoder(model, partial(DynamicCache, config=model.config), fill, rewind=name == "Llama")
+    if are_compiled(kernel_backend):
+        timed[compiled("KERMIT")] = timed["KERMIT"]._replace(backend=partial(kernel_backend, "cpp"))
     return compare_decoding(timed, {batch: Place(BATCH_CONTEXT, batch) for batch in batches}, limits)
 
 

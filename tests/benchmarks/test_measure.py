@@ -4,12 +4,17 @@ import json
 import subprocess
 import sys
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from kermit_hf import backends, kernel_backend
+from kermit_hf.cpu_kernels import cpu_misfit
+
 from . import __main__ as entry
 from . import decoding, kermit, measure, models, nystrom_decoder, nystrom_encoder, peers, report, roofline, targets
+from .compiled import compiled
 from .decoding import Decoder, Place, compare_decoding
 from .measure import Contender, Limits, MatrixProduct, Result, Section, Skipped, by_length, compare
 from .roofline import Roofline, measure_roofline
@@ -255,6 +260,19 @@ def test_decoding_time_is_per_token_and_in_the_order_of_decoders():
     assert 0 < batch[1].seconds < 1
 
 
+def test_new_tokens_are_decoded_on_the_backend_that_is_asked_for(monkeypatch):
+    seen = []
+
+    def model(*arguments, **options):
+        seen.append(backends.CHOICE.chosen)
+
+    decoder = Decoder(model, SimpleNamespace, lambda cache, place: None, tokens=1)
+    decoders = {"own": decoder, "C++": decoder._replace(backend=partial(kernel_backend, "cpp"))}
+    monkeypatch.setattr(decoding, "compare", lambda *arguments, **_: compare(*arguments, max_rounds=1))
+    list(compare_decoding(decoders, {1: Place(1)}, PATIENT))
+    assert set(seen) == {backends.CHOICE.chosen, "cpp"}
+
+
 def run_entry(tmp_path, *arguments: str) -> dict:
     """results.json of a run; restores what the entry point sets for the whole process."""
     threads = torch.get_num_threads()
@@ -339,7 +357,10 @@ def test_decoding_runs(time, monkeypatch):
         monkeypatch.setattr(module, "body", partial(models.body, layers=1, vocabulary=64))
     monkeypatch.setattr(models, "BATCH_CONTEXT", 70)
     batches = list(time((2, 3), PATIENT))
-    assert [[result.length for result in batch] for batch in batches] == [[2] * 3, [3] * 3]
+    names = [[result.contender for result in batch] for batch in batches]
+    assert [[result.length for result in batch] for batch in batches] == [[2] * len(names[0]), [3] * len(names[1])]
+    assert names[0] == names[1] and len(set(names[0]) - {compiled("KERMIT")}) == 3
+    assert (compiled("KERMIT") in names[0]) == (time is models.time_batches and cpu_misfit(torch.device("cpu")) is None)
     assert all(isinstance(result, Result) for batch in batches for result in batch)
 
 
