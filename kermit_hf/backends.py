@@ -7,10 +7,10 @@ chosen: those for GPUs have not run on one yet, only through Triton's interprete
     with kernel_backend("auto"):
         model(**inputs)
 
-or the environment variable KERMIT_BACKEND, which also reaches model code that was loaded from the Hub. With "auto", outside
-of `torch.compile`, "cpp" takes what it has a kernel for on a CPU where it can be compiled; on a GPU "triton", then "fla" where
-it is installed; and PyTorch the rest. A backend that is named leaves to PyTorch what it has no kernel for, too, but raises
-`ValueError` where it cannot run at all.
+or the environment variable KERMIT_BACKEND, which also reaches model code that was loaded from the Hub. With "auto" "cpp" takes
+what it has a kernel for on a CPU where it can be compiled; on a GPU "triton", then "fla" where it is installed; and PyTorch the
+rest. A backend that is named leaves to PyTorch what it has no kernel for, too, but raises `ValueError` where it cannot run at
+all. Inside of `torch.compile` everything is PyTorch's.
 
     cpp      far field: both rules with any feature map, and the norm behind the delta rule; near field, without dropout, merged
              with any far field; in float32

@@ -121,11 +121,14 @@ def test_the_near_field_is_our_own_kernel_where_it_fits(
         assert backends.find_window(query, num_sinks).__name__ == expected
 
 
-def test_torch_compile_gets_the_torch_forms(installed, monkeypatch):
+@pytest.mark.parametrize("backend", ["auto", "triton", "fla", "cpp"])
+def test_torch_compile_gets_the_torch_forms(backend, installed, monkeypatch):
+    """Those of a backend that is named, too: it cannot look into `torch.cuda.device_of`, in which kernels are launched."""
     installed |= {"triton", "fla-core"}
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert chosen_on_a_gpu(monkeypatch, "additive", "taylor", BF16) is None
-    assert chosen_on_a_gpu(monkeypatch, "delta", "silu_l2", BF16) is None
+    with kernel_backend(backend):
+        assert chosen_on_a_gpu(monkeypatch, "additive", "taylor", BF16) is None
+        assert chosen_on_a_gpu(monkeypatch, "delta", "silu_l2", BF16) is None
 
 
 @pytest.mark.parametrize("backend", ["compiled", "torch"])
