@@ -92,6 +92,16 @@ def test_outputs_and_gradients_are_those_of_the_reference(name):
         assert_close(grad, wanted, TOLERANCE[case.dtype], f"gradient of {name}")
 
 
+def test_first_real_slots_may_lie_apart_in_memory():
+    """As a column of a matrix, already in the kernels' dtype."""
+    case = CASES["everything"]
+    tensors, first_real = make_inputs(case)
+    first_real = first_real.int()
+    apart = torch.stack([first_real, first_real + 30], 1)[:, 0]
+    expected, output = (attend(window_merged, tensors, case, slots) for slots in (first_real, apart))
+    assert torch.equal(output, expected)
+
+
 def test_no_query_sees_beyond_its_window():
     """Bit for bit, and without a gradient."""
     case = Case(90, 90, 8, 10)
