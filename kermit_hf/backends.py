@@ -15,7 +15,7 @@ all. Inside of `torch.compile` everything is PyTorch's.
     cpp      far field: both rules with any feature map, and the norm behind the delta rule; near field, without dropout, merged
              with any far field; in float32
     triton   far field: the additive rule with the feature map "taylor", up to 64 coordinates; near field, merged with any far
-             field; heads up to 256 in bfloat16, 128 in other dtypes
+             field, of up to 128 sinks (64 for heads above 128); heads up to 256 in bfloat16, 128 in other dtypes
     fla      far field: both rules with any feature map (delta: up to 256 features), in bfloat16
 
 Single tokens (decoding) and explicit weights always are PyTorch's.
@@ -38,7 +38,7 @@ from .kernel_choice import KernelChoice, device_misfit, fits_kernels
 from .window_attention import WindowOutput, window_blocked
 
 
-MAX_COORDINATES, MAX_SINKS = 64, 128
+MAX_COORDINATES = 64
 
 
 class Kernel(NamedTuple):
@@ -68,11 +68,16 @@ def find_window(query: torch.Tensor, num_sinks: int) -> Callable[..., WindowOutp
 
     Raises `ValueError` if the chosen backend cannot run on their device.
     """
-    if CHOICE.serves("triton", query) and fits_kernels(query) and num_sinks <= MAX_SINKS:
+    if CHOICE.serves("triton", query) and fits_kernels(query) and num_sinks <= max_sinks(query.shape[3]):
         from .window_triton import window_merged
 
         return window_merged
     return window_blocked
+
+
+def max_sinks(head_dim: int) -> int:
+    """How many sinks our Triton kernel takes: all of them are one tile, which has to fit into a GPU's shared memory beside others."""
+    return 128 if head_dim <= 128 else 64
 
 
 def find_fused_window(query: torch.Tensor) -> Callable[..., torch.Tensor] | None:
