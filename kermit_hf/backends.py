@@ -16,7 +16,8 @@ all. Inside of `torch.compile` everything is PyTorch's.
              with any far field; in float32
     triton   far field: the additive rule with the feature map "taylor", up to 64 coordinates; near field, merged with any far
              field, of up to 128 sinks (64 for heads above 128); heads up to 256 in bfloat16, 128 in other dtypes
-    fla      far field: both rules with any feature map (delta: up to 256 features), in bfloat16
+    fla      far field: both rules with any feature map (delta: up to 256 features), in bfloat16; with a forget gate not on a Hopper
+             GPU with triton 3.4 to 3.7.0
 
 Single tokens (decoding) and explicit weights always are PyTorch's.
 """
@@ -91,11 +92,17 @@ def find_fused_window(query: torch.Tensor) -> Callable[..., torch.Tensor] | None
 
 
 def find_kernel(
-    update_rule: str, map_queries: Callable, map_keys: Callable, query: torch.Tensor, value: torch.Tensor
+    update_rule: str,
+    map_queries: Callable,
+    map_keys: Callable,
+    query: torch.Tensor,
+    value: torch.Tensor,
+    is_gated: bool = False,
 ) -> Kernel | None:
     """What to run instead of PyTorch's chunked form of the far field; None where there is nothing.
 
-    map_queries, map_keys: methods of a `FeatureMap`. query, value: (batch, heads, seq, head_dim), before the feature map.
+    map_queries, map_keys: methods of a `FeatureMap`. query, value: (batch, heads, seq, head_dim), before the feature map. is_gated:
+    with a forget gate.
     Raises `ValueError` if the chosen backend cannot run on their device.
     """
     feature_map = getattr(map_queries, "__self__", None)
@@ -103,7 +110,7 @@ def find_kernel(
         from .taylor_triton import taylor_chunked
 
         return Kernel(taylor_chunked, feature_map.project_queries, feature_map.project_keys, takes_mask=True)
-    if CHOICE.serves("fla", query) and value.dtype == torch.bfloat16:
+    if CHOICE.serves("fla", query) and value.dtype == torch.bfloat16 and _takes_gates(is_gated, query.device):
         from .fla_kernels import fla_additive_chunked, fla_delta_chunked
 
         forms = {"additive": fla_additive_chunked, "delta": fla_delta_chunked}
@@ -112,6 +119,10 @@ def find_kernel(
         find = {"additive": _additive_in_cpp, "delta": _delta_in_cpp}[update_rule]
         return find(feature_map, map_queries, map_keys)
     return None
+
+
+def _takes_gates(is_gated: bool, device: torch.device) -> bool:
+    return not is_gated or CHOICE.is_fit("fla", gates_misfit(device))
 
 
 def _additive_in_cpp(feature_map: FeatureMap | None, map_queries: Callable, map_keys: Callable) -> Kernel:
@@ -177,15 +188,14 @@ def _has_triton_kernel(
 
 
 @cache
-def _misfit(name: str, device: torch.device) -> str | None:
-    """Why a backend whose packages are installed cannot run on a device, and what helps; None if it can."""
-    misfit = device_misfit(name, device)
-    if misfit is None and name == "fla" and torch.cuda.get_device_capability(device)[0] == 9:
+def gates_misfit(device: torch.device) -> str | None:
+    """Why "fla" cannot run rules with a forget gate on a GPU on which it runs others, and what helps; None if it can."""
+    if torch.cuda.get_device_capability(device)[0] == 9:
         installed = Version(import_module("triton").__version__)
         if Version("3.4") <= installed < Version("3.7.1"):
             return f"triton {installed} computes its gated rules wrongly on this GPU; install triton 3.7.1 or later"
-    return misfit
+    return None
 
 
 PACKAGES = {"cpp": {}, "triton": {"triton": "triton"}, "fla": {"fla-core": "fla", "triton": "triton"}}
-CHOICE = KernelChoice("KERMIT_BACKEND", PACKAGES, _misfit, partial(are_compiled, "kermit_hf"))
+CHOICE = KernelChoice("KERMIT_BACKEND", PACKAGES, device_misfit, partial(are_compiled, "kermit_hf"))

@@ -75,7 +75,8 @@ def read_far_field(
     if slots.keys.shape[2] <= window_size:
         return None, slots.memory, query, slots
     if not explicit and query.shape[2] > 1:
-        kernel = find_kernel(update_rule, map_queries, map_keys, query, slots.values)
+        is_gated = "log_forget" in slots.gates
+        kernel = find_kernel(update_rule, map_queries, map_keys, query, slots.values, is_gated)
         if kernel is not None:
             options = {"takes_mask": kernel.takes_mask, "divides": kernel.divides}
             rule = rule._replace(chunked=kernel.chunked, step=kernel.chunked, **options)

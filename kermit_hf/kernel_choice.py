@@ -59,14 +59,15 @@ class KernelChoice:
         if self.chosen == "auto":
             if tensor.device.type != ("cpu" if name == "cpp" else "cuda"):
                 return False
-            return self.missing(name) is None and self.misfit(name, tensor.device) is None
+            return self.missing(name) is None and self.is_fit(name, self.misfit(name, tensor.device))
         self.check(self.chosen)
-        if self.chosen != name:
-            return False
-        misfit = self.misfit(name, tensor.device)
-        if misfit is not None:
+        return self.chosen == name and self.is_fit(name, self.misfit(name, tensor.device))
+
+    def is_fit(self, name: str, misfit: str | None) -> bool:
+        """Whether there is no misfit that keeps a backend from running. Raises `ValueError` if there is one and it is the chosen one."""
+        if misfit is not None and self.chosen == name:
             raise ValueError(f"kernel backend {name!r} cannot run: {misfit}, or choose backend 'torch'")
-        return True
+        return misfit is None
 
     def check(self, name: str) -> None:
         """Raises `ValueError` if the name is unknown or a package is not installed."""
