@@ -1,6 +1,8 @@
-"""The near field in Triton, run by Triton's interpreter on a CPU as `interpreted_taylor` is, with the same bounds."""
+"""The near field in Triton, run by Triton's interpreter on a CPU as `interpreted_taylor` is, with the same bounds.
 
-import os
+python -m pytest tests/kermit_hf/interpreted_window.py      # on a CUDA device, compiled
+"""
+
 from typing import NamedTuple
 
 import pytest
@@ -11,7 +13,7 @@ from kermit_hf.window_triton import window_merged
 from tests.kermit_hf.test_kernel_attention import assert_close
 
 
-assert os.environ.get("TRITON_INTERPRET") == "1", "run by test_triton_kernels"
+pytestmark = pytest.mark.usefixtures("on_kernel_device")
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 1e-3}
 
