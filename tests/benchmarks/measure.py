@@ -64,7 +64,7 @@ class Skipped:
 
 
 class Limits(NamedTuple):
-    """What one contender may take at one length: seconds for its least rounds, the first run included; bytes of memory,
+    """What one contender may take at one length: seconds for its least rounds and the run that measures memory; bytes of memory,
     None for what is free."""
 
     seconds: float = 120.0
@@ -107,10 +107,10 @@ def compare(
 ) -> list[Result | Skipped]:
     """Times all contenders in turn until `max_rounds` rounds or `seconds` are spent, at least three rounds.
 
-    The first run of each, not counted, warms up and measures memory. Before a run of less than a second comes another that
+    The first run of each, not counted, warms up and measures memory; on a GPU the second does. Before a run of less than a second comes another that
     is not counted: as in a loop of training steps, the contender then finds its own memory, not that of the one before. After
     each run comes a large matrix product, which tells how fast the machine is at that moment.
-    Contenders that would not keep to `limits`, judging by their `earlier` results or by their first run, are skipped.
+    Contenders that would not keep to `limits`, judging by their `earlier` results or by that run, are skipped.
     """
     product = MatrixProduct()
     peaks: dict[object, int | None] = {}
@@ -228,10 +228,15 @@ class MatrixProduct:
 
 
 def first_run(run: Callable[[], object]) -> tuple[float, int | None]:
-    """Seconds, and bytes of memory that `run` needed above what was there: of the GPU, or resident memory of this process,
-    None where the kernel does not tell."""
+    """Seconds, and bytes of memory that `run` needed above what was there: of the GPU, where another run comes before, or resident
+    memory of this process, None where the kernel does not tell."""
     gc.collect()
     if on_gpu():
+        # Compiling and tuning kernels takes time and memory that later runs do not.
+        run()
+        torch.cuda.synchronize()
+        gc.collect()
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         return seconds_of(run), torch.cuda.max_memory_allocated() - before
@@ -248,7 +253,8 @@ def first_run(run: Callable[[], object]) -> tuple[float, int | None]:
 def free_memory() -> int | None:
     """Bytes that can be had on the default device, None where the system does not tell."""
     if on_gpu():
-        return torch.cuda.mem_get_info()[0]
+        # What torch took from the GPU and holds for later is not free there, but is for a contender.
+        return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     try:
         return _proc_bytes("/proc/meminfo", "MemAvailable")
     except OSError:

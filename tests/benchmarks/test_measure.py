@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from functools import partial
 
 import pytest
@@ -100,6 +101,52 @@ def test_ratio_is_the_median_of_neighbouring_runs_with_quartiles():
     base, own = result("base", 5, 2.0, 4.0, 6.0, 8.0, 10.0), result("own", 5, 1.0, 1.0, 1.0, 1.0, 1.0)
     assert measure.ratio(base, own) == (6.0, 4.0, 8.0)
     assert measure.ratio(base, base) == (1.0, 1.0, 1.0)
+
+
+class FakeGpu:
+    """Stands for a GPU: what was called of `torch.cuda`, in which order, and figures in bytes."""
+
+    def __init__(self, monkeypatch):
+        self.called = []
+        figures = {
+            "memory_allocated": 10,
+            "max_memory_allocated": 70,
+            "memory_reserved": 40,
+            "mem_get_info": (500, 1000),
+        }
+        for name in ("synchronize", "empty_cache", "reset_peak_memory_stats", *figures):
+            monkeypatch.setattr(torch.cuda, name, partial(self.call, name, figures.get(name)))
+        monkeypatch.setattr(measure, "on_gpu", lambda: True)
+        monkeypatch.setitem(measure.MATRIX_SIZE, True, 64)
+
+    def call(self, name: str, figure):
+        self.called.append(name)
+        return figure
+
+
+@pytest.fixture
+def gpu(monkeypatch) -> FakeGpu:
+    return FakeGpu(monkeypatch)
+
+
+def test_on_a_gpu_the_second_run_is_the_first_that_counts(gpu):
+    """The first one compiles and tunes kernels, which takes time and memory."""
+
+    def run():
+        if "run" not in gpu.called:
+            time.sleep(0.2)
+        gpu.called.append("run")
+
+    (first,) = compare({"a": Contender(run)}, 5, Limits(0.4), max_rounds=3)
+    assert isinstance(first, Result)
+    assert first.peak_bytes == 60
+    first_run = gpu.called.index("run")
+    before_second = gpu.called[first_run + 1 : gpu.called.index("run", first_run + 1)]
+    assert before_second[:3] == ["synchronize", "empty_cache", "reset_peak_memory_stats"]
+
+
+def test_what_torch_holds_free_of_a_gpu_is_free(gpu):
+    assert measure.free_memory() == 500 + 40 - 10
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
