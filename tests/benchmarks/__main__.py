@@ -7,7 +7,7 @@ python -m tests.benchmarks --lengths 512 4096 --output bench
 
 "% of peak" is the rate of the multiplications that an algorithm needs, over that of a large matrix product timed right
 after it. Growth with length is that of time counted in such products, as no machine is equally fast all the time.
-Contenders that do not fit in memory or in --budget are skipped, and so are peers that are not installed; the output says so.
+Contenders that do not fit in memory or in --budget are skipped, and so are peers that are not installed or fail; the output says so.
 On a machine with a CUDA device everything runs there.
 
 More have their own command: tests.benchmarks.gpu (kernels for a GPU beside each other), tests.benchmarks.learning (what
@@ -25,7 +25,7 @@ import torch
 from conversion_scripts.machine import machine
 
 from . import kermit, models, nystrom_decoder, nystrom_encoder
-from .measure import Limits, Result, Section, keep_to_free_memory
+from .measure import Failed, Limits, Result, Section, keep_to_free_memory
 from .nystrom_encoder import LANDMARKS
 from .peers import missing_peers
 from .report import as_json, check, plot, print_batch
@@ -43,8 +43,8 @@ def main(arguments: list[str] | None = None) -> int:
 def run(
     sections: dict[str, Section], description: str, arguments: list[str] | None = None, needs_gpu: bool = False
 ) -> int:
-    """The command line over `sections`. Returns 0 if all targets hold that were measured, 1 if one does not, 2 if `needs_gpu`
-    and there is none."""
+    """The command line over `sections`. Returns 0 if all targets hold that were measured, 1 if one does not or a contender of ours
+    failed, 2 if `needs_gpu` and there is none."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=sections, nargs="+", metavar="NAME", help=f"of {', '.join(sections)}")
     parser.add_argument(
@@ -96,7 +96,9 @@ def run(
         report[name] = {"machine": where, "roofline": roofline._asdict(), "missing_peers": missing_peers()}
         report[name] |= as_json(batches) | {"growth": dict(exponents(results))}
         kept.write_text(json.dumps(report, indent=2))
-        holds &= check(section, results)
+        holds &= check(section, results) and not any(
+            isinstance(result, Failed) for batch in batches for result in batch
+        )
         plot(section, results, roofline, where, options.output / f"{name}.png")
     print(f"\nresults and plots are in {options.output}")
     return 0 if holds else 1

@@ -57,11 +57,15 @@ def contenders(length: int, backward: bool) -> dict[str, Contender]:
         timed[f"{name} + window {WINDOW}"] = once(
             attention(length, rule, feature_map, WINDOW), needed[name] + near, **extra
         )
-    if has("fla"):
-        timed["flash-linear-attention Based"] = once(peers.flash_based(COORDINATES), needed["Taylor"])
-        timed["flash-linear-attention elu"] = once(peers.flash_linear_attention, needed["elu"])
-        timed["flash-linear-attention gated delta"] = once(peers.flash_gated_delta, needed["gated delta"], **gates)
-    return timed
+    if not peers.has("flash-linear-attention"):
+        return timed
+    return timed | peers.as_peers(
+        {
+            "flash-linear-attention Based": once(peers.flash_based(COORDINATES), needed["Taylor"]),
+            "flash-linear-attention elu": once(peers.flash_linear_attention, needed["elu"]),
+            "flash-linear-attention gated delta": once(peers.flash_gated_delta, needed["gated delta"], **gates),
+        }
+    )
 
 
 def nystrom_contenders(length: int, backward: bool) -> dict[str, Contender]:

@@ -9,6 +9,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -23,11 +24,12 @@ MATRIX_SIZE = {False: 1536, True: 8192}
 
 class Contender(NamedTuple):
     """`run` does the whole work once. multiplications: as many as the algorithm needs for it, see `work`; bytes: of its
-    inputs and outputs; both None where not known."""
+    inputs and outputs; both None where not known. is_peer: other people's code."""
 
     run: Callable[[], object]
     multiplications: int | None = None
     bytes: int | None = None
+    is_peer: bool = False
 
 
 @dataclass
@@ -61,6 +63,10 @@ class Skipped:
     contender: str
     length: int
     reason: str
+
+
+class Failed(Skipped):
+    """One that should have run: the whole run then does not hold."""
 
 
 class Limits(NamedTuple):
@@ -107,10 +113,11 @@ def compare(
 ) -> list[Result | Skipped]:
     """Times all contenders in turn until `max_rounds` rounds or `seconds` are spent, at least three rounds.
 
-    The first run of each, not counted, warms up and measures memory; on a GPU the second does. Before a run of less than a second comes another that
-    is not counted: as in a loop of training steps, the contender then finds its own memory, not that of the one before. After
-    each run comes a large matrix product, which tells how fast the machine is at that moment.
-    Contenders that would not keep to `limits`, judging by their `earlier` results or by that run, are skipped.
+    The first run of each, not counted, warms up and measures memory; on a GPU the second does. Before a run of less than a second
+    comes another that is not counted: as in a loop of training steps, the contender then finds its own memory, not that of the
+    one before. After each run comes a large matrix product, which tells how fast the machine is at that moment.
+    Contenders that would not keep to `limits`, judging by their `earlier` results or by that run, are skipped, and so are those
+    that fail, see `unless_it_fails`.
     """
     product = MatrixProduct()
     peaks: dict[object, int | None] = {}
@@ -118,13 +125,8 @@ def compare(
     for name, contender in contenders.items():
         reason = too_much(name, length, limits, earlier)
         if reason is None:
-            try:
+            with unless_it_fails(skipped, name, length, contender.is_peer):
                 taken, peaks[name] = first_run(contender.run)
-            except (MemoryError, RuntimeError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                reason = "out of memory"
-            else:
                 reason = too_slow(taken, limits)
         if reason is not None:
             skipped[name] = Skipped(name, length, reason)
@@ -137,14 +139,37 @@ def compare(
         if done >= MIN_ROUNDS and time.perf_counter() - start > seconds:
             break
         for name, contender in timed.items():
-            if not rounds[name] or rounds[name][-1] < 1.0:
-                contender.run()
-            rounds[name].append(seconds_of(contender.run))
-            rates[name].append(product.rate())
+            if name in skipped:
+                continue
+            with unless_it_fails(skipped, name, length, contender.is_peer):
+                if not rounds[name] or rounds[name][-1] < 1.0:
+                    contender.run()
+                rounds[name].append(seconds_of(contender.run))
+                rates[name].append(product.rate())
     return [
-        skipped.get(name) or Result(name, length, rounds[name], rates[name], peaks[name], *contender[1:])
+        skipped.get(name)
+        or Result(*(name, length, rounds[name], rates[name], peaks[name]), contender.multiplications, contender.bytes)
         for name, contender in contenders.items()
     ]
+
+
+@contextmanager
+def unless_it_fails(skipped: dict[object, Skipped], name: object, length: int, is_peer: bool = False) -> Iterator[None]:
+    """Puts a contender that fails inside of the `with` into `skipped`, so that the others can go on: for want of memory; if it is a
+    peer; and on a GPU. On a CPU, where the tests run all of them, an error of ours is raised, and so is everywhere one after
+    which nothing more can run."""
+    try:
+        yield
+    except Exception as error:
+        told = f"{type(error).__name__}: {error}".splitlines()[0][:160]
+        if is_out_of_memory(error):
+            skipped[name] = Skipped(name, length, "out of memory")
+        elif ends_everything(error) or not (is_peer or on_gpu()):
+            raise
+        elif is_peer:
+            skipped[name] = Skipped(name, length, f"failed with {told}")
+        else:
+            skipped[name] = Failed(name, length, told)
 
 
 def ratio(base: Result, result: Result) -> tuple[float, float, float]:
@@ -187,8 +212,19 @@ def expected(results: Sequence[Result], length: int, attribute: str) -> float | 
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """torch raises an error class of its own on a GPU, and a plain RuntimeError on a CPU."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+    """torch raises an error class of its own on a GPU, and a plain RuntimeError on a CPU, as Triton does on a GPU."""
+    told = str(error)
+    return (
+        isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        or "can't allocate memory" in told
+        or "out of memory" in told
+    )
+
+
+def ends_everything(error: Exception) -> bool:
+    """Whether the GPU takes nothing more from this process, as after an illegal memory access. torch before 2.8 has no class of its
+    own for that, nor has Triton."""
+    return isinstance(error, getattr(torch, "AcceleratorError", ())) or "illegal memory access" in str(error)
 
 
 def on_gpu() -> bool:

@@ -39,6 +39,7 @@ def test_every_contender_of_ours_runs(backward, monkeypatch):
 
 def test_targets_name_contenders_that_a_gpu_would_have(monkeypatch):
     monkeypatch.setattr(gpu, "has", lambda backend: True)
+    monkeypatch.setattr(peers, "has", lambda package: True)
     timed = gpu.contenders(64, False)
     assert {"Taylor + window 128", "gated delta + window 128"} < timed.keys()
     for own, peer in gpu.OWN_AND_PEER.items():

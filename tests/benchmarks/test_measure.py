@@ -12,7 +12,7 @@ import torch
 from . import __main__ as entry
 from . import decoding, kermit, measure, models, nystrom_decoder, nystrom_encoder, peers, report, roofline, targets
 from .decoding import Decoder, Place, compare_decoding
-from .measure import Contender, Limits, MatrixProduct, Result, Section, Skipped, by_length, compare
+from .measure import Contender, Failed, Limits, MatrixProduct, Result, Section, Skipped, by_length, compare
 from .roofline import Roofline, measure_roofline
 
 
@@ -54,6 +54,60 @@ def test_memory_that_cannot_be_had_is_a_line_not_an_error():
 def test_other_errors_are_not_taken_for_want_of_memory():
     with pytest.raises(RuntimeError, match="shapes"):
         compare({"a": Contender(lambda: torch.ones(2, 3) @ torch.ones(2, 3))}, 5, PATIENT)
+
+
+def fail_with(error: Exception):
+    def run():
+        raise error
+
+    return run
+
+
+def test_a_peer_that_fails_is_a_line_not_an_error():
+    """Whatever it raises, and as a whole: errors of flash-linear-attention's backward passes have several lines."""
+    failing = Contender(fail_with(AssertionError("not in float32\nsee the manual")), is_peer=True)
+    batch = compare({"a": Contender(lambda: None), "b": failing}, 5, PATIENT, max_rounds=3)
+    assert isinstance(batch[0], Result)
+    assert batch[1] == Skipped("b", 5, "failed with AssertionError: not in float32")
+
+
+@pytest.mark.parametrize("error", [ValueError("triton 3.5"), RuntimeError("no such kernel")])
+def test_on_a_gpu_one_of_ours_that_fails_is_a_line_and_the_run_does_not_hold(error, gpu, capsys):
+    batch = compare({"a": Contender(lambda: None), "b": Contender(fail_with(error))}, 5, PATIENT, max_rounds=3)
+    assert isinstance(batch[0], Result)
+    assert batch[1] == Failed("b", 5, f"{type(error).__name__}: {error}")
+    report.print_batch(batch, "tokens")
+    assert capsys.readouterr().out.splitlines()[1].endswith(f"FAILED: {batch[1].reason}")
+
+
+def test_one_that_fails_later_leaves_the_others_their_rounds():
+    calls = []
+
+    def run():
+        calls.append(None)
+        if len(calls) > 4:
+            out_of_memory()
+
+    batch = compare({"a": Contender(run), "b": Contender(lambda: None)}, 5, PATIENT, max_rounds=3)
+    assert batch[0] == Skipped("a", 5, "out of memory")
+    assert len(batch[1].rounds) == 3
+
+
+@pytest.mark.parametrize("is_peer", [False, True])
+def test_nothing_runs_after_an_illegal_memory_access(is_peer, gpu, monkeypatch):
+    class AcceleratorError(RuntimeError):
+        pass
+
+    monkeypatch.setattr(torch, "AcceleratorError", AcceleratorError, raising=False)
+    told = "an illegal memory access was encountered"
+    for error in (AcceleratorError("CUDA error"), RuntimeError(f"Triton Error [CUDA]: {told}")):
+        with pytest.raises(type(error)):
+            compare({"a": Contender(fail_with(error), is_peer=is_peer)}, 5, PATIENT)
+
+
+def test_a_contender_of_ours_that_fails_fails_the_run(tmp_path, quick):
+    section = Section("", lambda lengths, limits: [[Failed("a", 8, "wrong")]], (64,))
+    assert entry.run({"section": section}, "", ["--output", str(tmp_path)]) == 1
 
 
 def test_what_would_take_too_long_or_too_much_is_not_run():
@@ -303,24 +357,24 @@ def test_decoding_time_is_per_token_and_in_the_order_of_decoders():
 
 
 def run_entry(tmp_path, *arguments: str) -> dict:
-    """results.json of a run; restores what the entry point sets for the whole process."""
-    threads = torch.get_num_threads()
-    try:
-        entry.main([*arguments, "--output", str(tmp_path), "--threads", "1"])
-    finally:
-        torch.set_num_threads(threads)
-        torch.set_default_dtype(torch.float32)
+    """results.json of a run."""
+    entry.main([*arguments, "--output", str(tmp_path), "--threads", "1"])
     return json.loads((tmp_path / "results.json").read_text())
 
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Without the roofline's large matrices, and without a limit on the memory of the process that runs the tests."""
+    """Without the roofline's large matrices, and without a limit on the memory of the process that runs the tests; restores what
+    the entry point sets for all of it."""
+    threads = torch.get_num_threads()
     monkeypatch.setattr(entry, "measure_roofline", lambda: Roofline(1e9, 1e9))
     monkeypatch.setattr(entry, "keep_to_free_memory", lambda: None)
     peers.missing_peers.cache_clear()
     yield
     peers.missing_peers.cache_clear()
+    torch.set_num_threads(threads)
+    torch.set_default_device(None)
+    torch.set_default_dtype(torch.float32)
 
 
 def test_missing_peers_are_named_and_left_out(tmp_path, monkeypatch, capsys, quick):
