@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -410,6 +411,39 @@ def test_a_section_is_printed_kept_and_drawn(tmp_path, quick, capsys):
     assert section["results"][0]["ratio"]["median"] == 1.0
     assert "of peak" in capsys.readouterr().out
     assert (tmp_path / "nystrom-prefill.png").stat().st_size > 0
+
+
+def test_what_was_measured_is_kept_when_the_run_is_cut_off(tmp_path, quick):
+    def time_lengths(lengths, limits):
+        yield [result("a", 64, 1.0)]
+        raise KeyboardInterrupt
+
+    section = Section("", time_lengths, (64, 128))
+    with pytest.raises(KeyboardInterrupt):
+        entry.run({"section": section}, "", ["--output", str(tmp_path)])
+    kept = json.loads((tmp_path / "results.json").read_text())
+    assert [entry["length"] for entry in kept["section"]["results"]] == [64]
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    file = tmp_path / "results.json"
+    entry.write_whole(file, "old")
+
+    def cut_off(path, text):
+        Path.open(path, "w").write(text[:1])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        entry.write_whole(file, "new")
+    assert file.read_text() == "old"
+
+
+def test_without_matplotlib_there_is_no_plot_and_the_run_goes_on(tmp_path, quick, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    section = Section("", lambda lengths, limits: [[result("a", 64, 1.0)]], (64,))
+    assert entry.run({"first": section, "second": section}, "", ["--output", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.count("there is no plot: ") == 2
 
 
 CONTENDERS = {
