@@ -15,6 +15,7 @@ import torch
 
 import kermit_hf
 import nystromformer_hf
+from kermit_hf import backends
 
 from . import nystrom_decoder, peers, work
 from .__main__ import run
@@ -48,15 +49,16 @@ def contenders(length: int, backward: bool) -> dict[str, Contender]:
         "gated delta": work.delta(length, HEAD_DIM, HEAD_DIM, CHUNK),
     }
     timed = {"softmax (SDPA)": once(softmax_attention, work.softmax_causal(length, HEAD_DIM))}
-    for name, (feature_map, rule, backends) in RULES.items():
+    near = work.window(length, HEAD_DIM, WINDOW, SINKS)
+    for name, (feature_map, rule, kernels) in RULES.items():
         extra = gates if rule == "delta" else {}
-        for backend in ("torch", *(backend for backend in backends if has(backend))):
+        for backend in ("torch", *(kernel for kernel in kernels if has(kernel, is_gated=bool(extra)))):
             function = on_backend(kermit_hf.kernel_backend, backend, attention(length, rule, feature_map, 0))
             timed[f"{name}, {backend}"] = once(function, needed[name], **extra)
-        near = work.window(length, HEAD_DIM, WINDOW, SINKS)
-        timed[f"{name} + window {WINDOW}"] = once(
-            attention(length, rule, feature_map, WINDOW), needed[name] + near, **extra
-        )
+        # "triton" has the near field alone, but for the Taylor map; "auto" also takes the far field's kernels from "fla".
+        for backend in ("torch", "triton", "auto") if has("triton") else ("torch",):
+            function = on_backend(kermit_hf.kernel_backend, backend, attention(length, rule, feature_map, WINDOW))
+            timed[f"{name} + window {WINDOW}, {backend}"] = once(function, needed[name] + near, **extra)
     if not peers.has("flash-linear-attention"):
         return timed
     return timed | peers.as_peers(
@@ -91,12 +93,15 @@ def on_backend(
     return chosen
 
 
-def has(backend: str) -> bool:
-    try:
-        with kermit_hf.kernel_backend(backend):
-            return True
-    except ValueError:
+def has(backend: str, is_gated: bool = False) -> bool:
+    """Whether a backend has kernels for tensors on the default device and of the default dtype: "fla" is for bfloat16, where another
+    would silently be PyTorch's, and not everywhere for rules with a forget gate."""
+    device = torch.get_default_device()
+    if backends.CHOICE.missing(backend) is not None or backends.CHOICE.misfit(backend, device) is not None:
         return False
+    if backend != "fla":
+        return True
+    return torch.get_default_dtype() == torch.bfloat16 and not (is_gated and backends.gates_misfit(device))
 
 
 OWN_AND_PEER = {
