@@ -80,7 +80,8 @@ class Limits(NamedTuple):
 @dataclass
 class Section:
     """One table and one picture. `time(lengths, limits)` yields what came out at one length after the other, the contender
-    that the others are compared with first; `targets` are what has to hold, see `targets`."""
+    that the others are compared with first, and may yield before these what a check found; `targets` are what has to hold, see
+    `targets`."""
 
     title: str
     time: Callable[[tuple[int, ...], Limits], Iterator[list[Result | Skipped]]]
@@ -90,11 +91,15 @@ class Section:
     axis: str = "tokens"
 
 
-def by_length(contenders: Callable[[int], dict[str, Contender]]) -> Callable[..., Iterator[list[Result | Skipped]]]:
-    """The `time` of a section whose contenders are made for one length."""
+def by_length(
+    contenders: Callable[[int], dict[str, Contender]], check: Callable[[], Sequence[Skipped]] = tuple
+) -> Callable[..., Iterator[list[Result | Skipped]]]:
+    """The `time` of a section whose contenders are made for one length. `check()` comes first: what it finds is not timed."""
 
     def time_lengths(lengths: tuple[int, ...], limits: Limits) -> Iterator[list[Result | Skipped]]:
-        earlier: list[Result | Skipped] = []
+        earlier: list[Result | Skipped] = list(check())
+        if earlier:
+            yield list(earlier)
         for length in sorted(lengths):
             batch = compare(contenders(length), length, limits, earlier)
             earlier += batch
