@@ -7,16 +7,17 @@ chosen: those for GPUs have not run on one yet, only through Triton's interprete
     with kernel_backend("auto"):
         model(**inputs)
 
-or the environment variable KERMIT_BACKEND, which also reaches model code that was loaded from the Hub. With "auto", outside
-of `torch.compile`, "cpp" takes what it has a kernel for on a CPU where it can be compiled; on a GPU "triton", then "fla" where
-it is installed; and PyTorch the rest. A backend that is named leaves to PyTorch what it has no kernel for, too, but raises
-`ValueError` where it cannot run at all.
+or the environment variable KERMIT_BACKEND, which also reaches model code that was loaded from the Hub. With "auto" "cpp" takes
+what it has a kernel for on a CPU where it can be compiled; on a GPU "triton", then "fla" where it is installed; and PyTorch the
+rest. A backend that is named leaves to PyTorch what it has no kernel for, too, but raises `ValueError` where it cannot run at
+all. Inside of `torch.compile` everything is PyTorch's.
 
     cpp      far field: both rules with any feature map, and the norm behind the delta rule; near field, without dropout, merged
              with any far field; in float32
     triton   far field: the additive rule with the feature map "taylor", up to 64 coordinates; near field, merged with any far
-             field; heads up to 256 in bfloat16, 128 in other dtypes
-    fla      far field: both rules with any feature map (delta: up to 256 features), in bfloat16
+             field, of up to 128 sinks (64 for heads above 128); heads up to 256 in bfloat16, 128 in other dtypes
+    fla      far field: both rules with any feature map (delta: up to 256 features), in bfloat16; with a forget gate not on a Hopper
+             GPU with triton 3.4 to 3.7.0
 
 For single tokens (decoding), where no gradient is needed, "cpp" has kernels of their own, also of windows that nothing has left yet;
 "triton" and "fla" have none. Explicit weights always are PyTorch's.
@@ -39,7 +40,7 @@ from .kernel_choice import KernelChoice, device_misfit, fits_kernels
 from .window_attention import WindowOutput, window_blocked
 
 
-MAX_COORDINATES, MAX_SINKS = 64, 128
+MAX_COORDINATES = 64
 
 
 class Kernel(NamedTuple):
@@ -71,11 +72,16 @@ def find_window(query: torch.Tensor, num_sinks: int) -> Callable[..., WindowOutp
 
     Raises `ValueError` if the chosen backend cannot run on their device.
     """
-    if CHOICE.serves("triton", query) and fits_kernels(query) and num_sinks <= MAX_SINKS:
+    if CHOICE.serves("triton", query) and fits_kernels(query) and num_sinks <= max_sinks(query.shape[3]):
         from .window_triton import window_merged
 
         return window_merged
     return window_blocked
+
+
+def max_sinks(head_dim: int) -> int:
+    """How many sinks our Triton kernel takes: all of them are one tile, which has to fit into a GPU's shared memory beside others."""
+    return 128 if head_dim <= 128 else 64
 
 
 def find_fused_window(query: torch.Tensor) -> Callable[..., torch.Tensor] | None:
@@ -99,11 +105,17 @@ def find_window_step(query: torch.Tensor, *others: torch.Tensor) -> Callable[...
 
 
 def find_kernel(
-    update_rule: str, map_queries: Callable, map_keys: Callable, query: torch.Tensor, value: torch.Tensor
+    update_rule: str,
+    map_queries: Callable,
+    map_keys: Callable,
+    query: torch.Tensor,
+    value: torch.Tensor,
+    is_gated: bool = False,
 ) -> Kernel | None:
     """What to run instead of PyTorch's chunked form of the far field; None where there is nothing.
 
-    map_queries, map_keys: methods of a `FeatureMap`. query, value: (batch, heads, seq, head_dim), before the feature map.
+    map_queries, map_keys: methods of a `FeatureMap`. query, value: (batch, heads, seq, head_dim), before the feature map. is_gated:
+    with a forget gate.
     Raises `ValueError` if the chosen backend cannot run on their device.
     """
     feature_map = getattr(map_queries, "__self__", None)
@@ -111,7 +123,7 @@ def find_kernel(
         from .taylor_triton import taylor_chunked
 
         return Kernel(taylor_chunked, feature_map.project_queries, feature_map.project_keys, takes_mask=True)
-    if CHOICE.serves("fla", query) and value.dtype == torch.bfloat16:
+    if CHOICE.serves("fla", query) and value.dtype == torch.bfloat16 and _takes_gates(is_gated, query.device):
         from .fla_kernels import fla_additive_chunked, fla_delta_chunked
 
         forms = {"additive": fla_additive_chunked, "delta": fla_delta_chunked}
@@ -119,6 +131,10 @@ def find_kernel(
     if CHOICE.serves("cpp", query) and takes_cpu_tensors(query, value):
         return _find_in_cpp(update_rule, map_queries, map_keys)
     return None
+
+
+def _takes_gates(is_gated: bool, device: torch.device) -> bool:
+    return not is_gated or CHOICE.is_fit("fla", gates_misfit(device))
 
 
 def find_step_kernel(
@@ -203,15 +219,14 @@ def _has_triton_kernel(
 
 
 @cache
-def _misfit(name: str, device: torch.device) -> str | None:
-    """Why a backend whose packages are installed cannot run on a device, and what helps; None if it can."""
-    misfit = device_misfit(name, device)
-    if misfit is None and name == "fla" and torch.cuda.get_device_capability(device)[0] == 9:
+def gates_misfit(device: torch.device) -> str | None:
+    """Why "fla" cannot run rules with a forget gate on a GPU on which it runs others, and what helps; None if it can."""
+    if torch.cuda.get_device_capability(device)[0] == 9:
         installed = Version(import_module("triton").__version__)
         if Version("3.4") <= installed < Version("3.7.1"):
             return f"triton {installed} computes its gated rules wrongly on this GPU; install triton 3.7.1 or later"
-    return misfit
+    return None
 
 
 PACKAGES = {"cpp": {}, "triton": {"triton": "triton"}, "fla": {"fla-core": "fla", "triton": "triton"}}
-CHOICE = KernelChoice("KERMIT_BACKEND", PACKAGES, _misfit, partial(are_compiled, "kermit_hf"))
+CHOICE = KernelChoice("KERMIT_BACKEND", PACKAGES, device_misfit, partial(are_compiled, "kermit_hf"))

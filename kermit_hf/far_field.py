@@ -90,8 +90,10 @@ def _find_kernel(
 ) -> Kernel | None:
     if query.shape[2] == 1 and slots.memory is None:
         return None
-    find = find_kernel if query.shape[2] > 1 else find_step_kernel
-    return find(update_rule, map_queries, map_keys, query, slots.values)
+    arguments = update_rule, map_queries, map_keys, query, slots.values
+    if query.shape[2] == 1:
+        return find_step_kernel(*arguments)
+    return find_kernel(*arguments, is_gated="log_forget" in slots.gates)
 
 
 def _far_behind(

@@ -81,7 +81,8 @@ def kermit_attention(
     segment = _segment_size(query, window_size)
     if explicit or not is_causal or slots.num_absorbed is not None or query.shape[2] <= segment:
         return attend(query, slots, rotary, far_logit)
-    kernel = find_kernel(update_rule, map_queries, map_keys, query, slots.values)
+    is_gated = "log_forget" in slots.gates
+    kernel = find_kernel(update_rule, map_queries, map_keys, query, slots.values, is_gated)
     if kernel is not None and kernel.whole_texts:
         return attend(query, slots, rotary, far_logit)
     return _in_segments(attend, query, slots, rotary, far_logit, window_size, segment)

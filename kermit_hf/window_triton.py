@@ -32,7 +32,8 @@ def window_merged(
     merged = [tensor.float().contiguous() for part in (sinks, far) if part is not None for tensor in part]
     sinks = [None, None] if sinks is None else merged[:2]
     far = [None, None] if far is None else merged[-2:]
-    return WindowOutput(_MergedWindow.apply(*states, *sinks, *far, first_real.int(), window_size, is_causal))
+    first_real = first_real.int().contiguous()
+    return WindowOutput(_MergedWindow.apply(*states, *sinks, *far, first_real, window_size, is_causal))
 
 
 class _MergedWindow(torch.autograd.Function):

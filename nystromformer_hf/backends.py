@@ -7,8 +7,8 @@ another is chosen: those in Triton have not run on a GPU yet, only through its i
         model(**inputs)
 
 or the environment variable NYSTROMFORMER_BACKEND, which also reaches model code that was loaded from the Hub. With "auto" a
-backend takes what it has kernels for, on its device and outside of `torch.compile`, and PyTorch the rest. A backend that is named
-leaves the same to PyTorch, but raises `ValueError` where it cannot run at all.
+backend takes what it has kernels for, on its device, and PyTorch the rest. A backend that is named leaves the same to PyTorch, but
+raises `ValueError` where it cannot run at all. Inside of `torch.compile` everything is PyTorch's.
 
     cpp      the encoder, in float32, without dropout of keys; heads of a multiple of 16; rows longer than there are landmarks,
              whose inverse is iterated

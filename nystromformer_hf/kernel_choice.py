@@ -1,8 +1,8 @@
 """Whose kernels run in place of PyTorch's: one choice for each package, made by a context manager or an environment variable.
 
-"compiled", unless another is chosen: on a CPU those in C++, where they have been compiled, outside of `torch.compile`. Those for
-GPUs have only run through Triton's interpreter yet. With "auto" every backend is taken for tensors on the device it is made for, if
-it can run there; that in C++ is compiled where it has not been.
+"compiled", unless another is chosen: on a CPU those in C++, where they have been compiled. Those for GPUs have only run through
+Triton's interpreter yet. With "auto" every backend is taken for tensors on the device it is made for, if it can run there; that in
+C++ is compiled where it has not been. Inside of `torch.compile` PyTorch's serve, whatever is chosen.
 """
 
 import os
@@ -50,24 +50,24 @@ class KernelChoice:
             self.chosen = before
 
     def serves(self, name: str, tensor: torch.Tensor) -> bool:
-        """Whether a backend is to be taken for this tensor. Raises `ValueError` if it is the chosen one and cannot run."""
-        if self.chosen == "torch" or (name == "cpp" and torch.compiler.is_compiling()):
+        """Whether a backend is to be taken for this tensor; none is inside of `torch.compile`, which cannot look into the launch of a
+        kernel. Raises `ValueError` if it is the chosen one and cannot run."""
+        if self.chosen == "torch" or torch.compiler.is_compiling():
             return False
         if self.chosen == "compiled":
             return name == "cpp" and tensor.device.type == "cpu" and self.are_compiled()
         if self.chosen == "auto":
-            made_for = "cpu" if name == "cpp" else "cuda"
-            if tensor.device.type != made_for or torch.compiler.is_compiling():
+            if tensor.device.type != ("cpu" if name == "cpp" else "cuda"):
                 return False
-            return self.missing(name) is None and self.misfit(name, tensor.device) is None
+            return self.missing(name) is None and self.is_fit(name, self.misfit(name, tensor.device))
         self.check(self.chosen)
-        if self.chosen != name:
-            return False
-        misfit = self.misfit(name, tensor.device)
-        if misfit is not None:
+        return self.chosen == name and self.is_fit(name, self.misfit(name, tensor.device))
+
+    def is_fit(self, name: str, misfit: str | None) -> bool:
+        """Whether there is no misfit that keeps a backend from running. Raises `ValueError` if there is one and it is the chosen one."""
+        if misfit is not None and self.chosen == name:
             raise ValueError(f"kernel backend {name!r} cannot run: {misfit}, or choose backend 'torch'")
-        # On a CPU Triton's interpreter runs them, into which `torch.compile` cannot look.
-        return tensor.device.type != "cpu" or not torch.compiler.is_compiling()
+        return misfit is None
 
     def check(self, name: str) -> None:
         """Raises `ValueError` if the name is unknown or a package is not installed."""

@@ -3,6 +3,7 @@
 import gc
 import os
 import random
+from collections.abc import Iterator
 from importlib.util import find_spec
 
 
@@ -15,6 +16,8 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+
+from tests import triton_kernels
 
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -32,6 +35,16 @@ settings.load_profile("default")
 def pytest_collection_finish() -> None:
     """What imports and collecting left stays to the end: looking through it at every collection takes time."""
     gc.freeze()
+
+
+@pytest.fixture
+def on_kernel_device() -> Iterator[None]:
+    """Tensors are made where our Triton kernels can run."""
+    device = triton_kernels.kernel_device()
+    if device is None:
+        pytest.skip("needs TRITON_INTERPRET=1 or a CUDA device")
+    with torch.device(device):
+        yield
 
 
 @pytest.fixture(autouse=True)

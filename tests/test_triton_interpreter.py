@@ -1,7 +1,9 @@
-"""The hastened interpreter computes what Triton's own does, to the bit."""
+"""The hastened interpreter computes what Triton's own does, to the bit; tests of kernels run on a GPU instead where there is one."""
 
 import pytest
+import torch
 
+from tests import triton_kernels
 from tests.triton_kernels import run_python
 
 
@@ -40,3 +42,18 @@ def test_what_kernels_compute_stays_the_same():
         assert result.returncode == 0, result.stderr[-2000:]
         digests.append(result.stdout.split("digest ")[1])
     assert digests[0] == digests[1]
+
+
+@pytest.mark.parametrize("has_gpu", [False, True])
+@pytest.mark.parametrize("variable", ["1", "0", ""])
+def test_kernels_are_interpreted_on_a_cpu_or_run_on_a_gpu(variable, has_gpu, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", variable)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    assert triton_kernels.kernel_device() == ("cpu" if variable == "1" else "cuda" if has_gpu else None)
+
+
+def test_tests_of_kernels_make_their_tensors_there(request, monkeypatch):
+    """A device that every machine has stands for the GPU."""
+    monkeypatch.setattr(triton_kernels, "kernel_device", lambda: "meta")
+    request.getfixturevalue("on_kernel_device")
+    assert torch.empty(0).device.type == "meta"

@@ -9,6 +9,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import torch
 
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -17,6 +18,13 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 # memory.
 SHARED_BYTES = 99 * 1024
 STACK_BYTES = 160
+
+
+def kernel_device() -> str | None:
+    """Where our Triton kernels can run in this process: on a CPU through the interpreter, on a GPU, or nowhere."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return "cpu"
+    return "cuda" if torch.cuda.is_available() else None
 
 
 def run_interpreted(*tests: Path) -> None:

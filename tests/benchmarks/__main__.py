@@ -7,8 +7,8 @@ python -m tests.benchmarks --lengths 512 4096 --output bench
 
 "% of peak" is the rate of the multiplications that an algorithm needs, over that of a large matrix product timed right
 after it. Growth with length is that of time counted in such products, as no machine is equally fast all the time.
-Contenders that do not fit in memory or in --budget are skipped, and so are peers that are not installed; the output says so.
-On a machine with a CUDA device everything runs there.
+Contenders that do not fit in memory or in --budget are skipped, and so are peers that are not installed or fail; the output says so.
+On a machine with a CUDA device everything runs there. results.json is written after each length.
 
 More have their own command: tests.benchmarks.gpu (kernels for a GPU beside each other), tests.benchmarks.learning (what
 KERMIT's settings learn), tests.benchmarks.approximation (how close Nyström attention comes to softmax) and
@@ -17,6 +17,7 @@ tests.benchmarks.sentences (what that leaves of a sentence encoder).
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -25,7 +26,7 @@ import torch
 from conversion_scripts.machine import machine
 
 from . import kermit, models, nystrom_decoder, nystrom_encoder
-from .measure import Limits, Result, Section, keep_to_free_memory
+from .measure import Failed, Limits, Result, Section, keep_to_free_memory
 from .nystrom_encoder import LANDMARKS
 from .peers import missing_peers
 from .report import as_json, check, plot, print_batch
@@ -43,8 +44,8 @@ def main(arguments: list[str] | None = None) -> int:
 def run(
     sections: dict[str, Section], description: str, arguments: list[str] | None = None, needs_gpu: bool = False
 ) -> int:
-    """The command line over `sections`. Returns 0 if all targets hold that were measured, 1 if one does not, 2 if `needs_gpu`
-    and there is none."""
+    """The command line over `sections`. Returns 0 if all targets hold that were measured, 1 if one does not or a contender of ours
+    failed, 2 if `needs_gpu` and there is none."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=sections, nargs="+", metavar="NAME", help=f"of {', '.join(sections)}")
     parser.add_argument(
@@ -86,20 +87,32 @@ def run(
         section = sections[name]
         lengths = chosen_lengths(section, options.lengths, options.longest, options.batches)
         print(f"\n{name}: {section.title}")
-        batches = []
+        batches, results = [], []
         for batch in section.time(lengths, Limits(options.budget)) if lengths else ():
             roofline = measure_roofline().best(roofline)
             print_batch(batch, section.axis)
             batches.append(batch)
+            results += [result for result in batch if isinstance(result, Result)]
+            holds &= not any(isinstance(result, Failed) for result in batch)
+            # After each length, so that a run that is cut off leaves what it measured.
+            report[name] = {"machine": where, "roofline": roofline._asdict(), "missing_peers": missing_peers()}
+            report[name] |= as_json(batches) | {"growth": dict(exponents(results))}
+            write_whole(kept, json.dumps(report, indent=2))
         print(f"  {roofline}")
-        results = [result for batch in batches for result in batch if isinstance(result, Result)]
-        report[name] = {"machine": where, "roofline": roofline._asdict(), "missing_peers": missing_peers()}
-        report[name] |= as_json(batches) | {"growth": dict(exponents(results))}
-        kept.write_text(json.dumps(report, indent=2))
         holds &= check(section, results)
-        plot(section, results, roofline, where, options.output / f"{name}.png")
+        try:
+            plot(section, results, roofline, where, options.output / f"{name}.png")
+        except ImportError as error:
+            print(f"  there is no plot: {error}")
     print(f"\nresults and plots are in {options.output}")
     return 0 if holds else 1
+
+
+def write_whole(path: Path, text: str) -> None:
+    """So that the file never holds a part of it, whenever the process ends."""
+    part = path.with_suffix(".part")
+    part.write_text(text)
+    os.replace(part, path)
 
 
 def positive(text: str) -> int:

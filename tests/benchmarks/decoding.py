@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from transformers import Cache, PreTrainedModel
 
-from .measure import Contender, Limits, Result, Skipped, compare, is_out_of_memory
+from .measure import Contender, Limits, Result, Skipped, compare, unless_it_fails
 
 
 class Place(NamedTuple):
@@ -50,20 +50,16 @@ def compare_decoding(
         if decoder.rewind:
             cache.crop(-decoder.tokens)
 
-    contenders, unfilled = {}, []
+    contenders, unfilled = {}, {}
     for name, decoder in decoders.items():
         for length, place in places.items():
             cache = decoder.cache()
-            try:
+            with unless_it_fails(unfilled, (name, length), length):
                 decoder.fill(cache, place)
-            except (MemoryError, RuntimeError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                unfilled.append(Skipped(name, length, "out of memory"))
-                continue
-            contenders[name, length] = Contender(partial(decode, decoder, cache, place))
+                contenders[name, length] = Contender(partial(decode, decoder, cache, place))
     # A first step may compile, which says nothing about the others.
     results = compare(contenders, 0, limits._replace(seconds=math.inf), max_rounds=9, seconds=40.0)
+    results += unfilled.values()
     for result in results:
         result.contender, result.length = result.contender
         if isinstance(result, Result):
@@ -71,7 +67,7 @@ def compare_decoding(
             result.peak_bytes = None  # of a few steps, which says nothing
     order = list(decoders)
     for length in places:
-        batch = [result for result in [*results, *unfilled] if result.length == length]
+        batch = [result for result in results if result.length == length]
         yield sorted(batch, key=lambda result: order.index(result.contender))
 
 

@@ -78,10 +78,10 @@ def attention_contenders(length: int, backward: bool) -> dict[str, Contender]:
         "transformers gated delta": once(transformers_gated_delta(), delta, **gates),
     }
     contenders = with_compiled(contenders, LINEAR, kernel_backend)
-    contenders |= {name: once(peer) for name, peer in peers.causal_peers(HEAD_DIM, FAVOR_FEATURES).items()}
+    timed = {name: once(peer) for name, peer in peers.causal_peers(HEAD_DIM, FAVOR_FEATURES).items()}
     if peers.has("flash-linear-attention"):
-        contenders["flash-linear-attention gated delta"] = once(peers.flash_gated_delta, **gates)
-    return contenders
+        timed["flash-linear-attention gated delta"] = once(peers.flash_gated_delta, **gates)
+    return contenders | peers.as_peers(timed)
 
 
 def random_inputs(length: int) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:

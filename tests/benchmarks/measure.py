@@ -9,6 +9,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -23,11 +24,12 @@ MATRIX_SIZE = {False: 1536, True: 8192}
 
 class Contender(NamedTuple):
     """`run` does the whole work once. multiplications: as many as the algorithm needs for it, see `work`; bytes: of its
-    inputs and outputs; both None where not known."""
+    inputs and outputs; both None where not known. is_peer: other people's code."""
 
     run: Callable[[], object]
     multiplications: int | None = None
     bytes: int | None = None
+    is_peer: bool = False
 
 
 @dataclass
@@ -63,8 +65,12 @@ class Skipped:
     reason: str
 
 
+class Failed(Skipped):
+    """One that should have run: the whole run then does not hold."""
+
+
 class Limits(NamedTuple):
-    """What one contender may take at one length: seconds for its least rounds, the first run included; bytes of memory,
+    """What one contender may take at one length: seconds for its least rounds and the run that measures memory; bytes of memory,
     None for what is free."""
 
     seconds: float = 120.0
@@ -74,7 +80,8 @@ class Limits(NamedTuple):
 @dataclass
 class Section:
     """One table and one picture. `time(lengths, limits)` yields what came out at one length after the other, the contender
-    that the others are compared with first; `targets` are what has to hold, see `targets`."""
+    that the others are compared with first, and may yield before these what a check found; `targets` are what has to hold, see
+    `targets`."""
 
     title: str
     time: Callable[[tuple[int, ...], Limits], Iterator[list[Result | Skipped]]]
@@ -84,11 +91,15 @@ class Section:
     axis: str = "tokens"
 
 
-def by_length(contenders: Callable[[int], dict[str, Contender]]) -> Callable[..., Iterator[list[Result | Skipped]]]:
-    """The `time` of a section whose contenders are made for one length."""
+def by_length(
+    contenders: Callable[[int], dict[str, Contender]], check: Callable[[], Sequence[Skipped]] = tuple
+) -> Callable[..., Iterator[list[Result | Skipped]]]:
+    """The `time` of a section whose contenders are made for one length. `check()` comes first: what it finds is not timed."""
 
     def time_lengths(lengths: tuple[int, ...], limits: Limits) -> Iterator[list[Result | Skipped]]:
-        earlier: list[Result | Skipped] = []
+        earlier: list[Result | Skipped] = list(check())
+        if earlier:
+            yield list(earlier)
         for length in sorted(lengths):
             batch = compare(contenders(length), length, limits, earlier)
             earlier += batch
@@ -107,10 +118,11 @@ def compare(
 ) -> list[Result | Skipped]:
     """Times all contenders in turn until `max_rounds` rounds or `seconds` are spent, at least three rounds.
 
-    The first run of each, not counted, warms up and measures memory. Before a run of less than a second comes another that
-    is not counted: as in a loop of training steps, the contender then finds its own memory, not that of the one before. After
-    each run comes a large matrix product, which tells how fast the machine is at that moment.
-    Contenders that would not keep to `limits`, judging by their `earlier` results or by their first run, are skipped.
+    The first run of each, not counted, warms up and measures memory; on a GPU the second does. Before a run of less than a second
+    comes another that is not counted: as in a loop of training steps, the contender then finds its own memory, not that of the
+    one before. After each run comes a large matrix product, which tells how fast the machine is at that moment.
+    Contenders that would not keep to `limits`, judging by their `earlier` results or by that run, are skipped, and so are those
+    that fail, see `unless_it_fails`.
     """
     product = MatrixProduct()
     peaks: dict[object, int | None] = {}
@@ -118,13 +130,8 @@ def compare(
     for name, contender in contenders.items():
         reason = too_much(name, length, limits, earlier)
         if reason is None:
-            try:
+            with unless_it_fails(skipped, name, length, contender.is_peer):
                 taken, peaks[name] = first_run(contender.run)
-            except (MemoryError, RuntimeError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                reason = "out of memory"
-            else:
                 reason = too_slow(taken, limits)
         if reason is not None:
             skipped[name] = Skipped(name, length, reason)
@@ -137,14 +144,37 @@ def compare(
         if done >= MIN_ROUNDS and time.perf_counter() - start > seconds:
             break
         for name, contender in timed.items():
-            if not rounds[name] or rounds[name][-1] < 1.0:
-                contender.run()
-            rounds[name].append(seconds_of(contender.run))
-            rates[name].append(product.rate())
+            if name in skipped:
+                continue
+            with unless_it_fails(skipped, name, length, contender.is_peer):
+                if not rounds[name] or rounds[name][-1] < 1.0:
+                    contender.run()
+                rounds[name].append(seconds_of(contender.run))
+                rates[name].append(product.rate())
     return [
-        skipped.get(name) or Result(name, length, rounds[name], rates[name], peaks[name], *contender[1:])
+        skipped.get(name)
+        or Result(*(name, length, rounds[name], rates[name], peaks[name]), contender.multiplications, contender.bytes)
         for name, contender in contenders.items()
     ]
+
+
+@contextmanager
+def unless_it_fails(skipped: dict[object, Skipped], name: object, length: int, is_peer: bool = False) -> Iterator[None]:
+    """Puts a contender that fails inside of the `with` into `skipped`, so that the others can go on: for want of memory; if it is a
+    peer; and on a GPU. On a CPU, where the tests run all of them, an error of ours is raised, and so is everywhere one after
+    which nothing more can run."""
+    try:
+        yield
+    except Exception as error:
+        told = f"{type(error).__name__}: {error}".splitlines()[0][:160]
+        if is_out_of_memory(error):
+            skipped[name] = Skipped(name, length, "out of memory")
+        elif ends_everything(error) or not (is_peer or on_gpu()):
+            raise
+        elif is_peer:
+            skipped[name] = Skipped(name, length, f"failed with {told}")
+        else:
+            skipped[name] = Failed(name, length, told)
 
 
 def ratio(base: Result, result: Result) -> tuple[float, float, float]:
@@ -187,8 +217,19 @@ def expected(results: Sequence[Result], length: int, attribute: str) -> float | 
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """torch raises an error class of its own on a GPU, and a plain RuntimeError on a CPU."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+    """torch raises an error class of its own on a GPU, and a plain RuntimeError on a CPU, as Triton does on a GPU."""
+    told = str(error)
+    return (
+        isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        or "can't allocate memory" in told
+        or "out of memory" in told
+    )
+
+
+def ends_everything(error: Exception) -> bool:
+    """Whether the GPU takes nothing more from this process, as after an illegal memory access. torch before 2.8 has no class of its
+    own for that, nor has Triton."""
+    return isinstance(error, getattr(torch, "AcceleratorError", ())) or "illegal memory access" in str(error)
 
 
 def on_gpu() -> bool:
@@ -228,10 +269,15 @@ class MatrixProduct:
 
 
 def first_run(run: Callable[[], object]) -> tuple[float, int | None]:
-    """Seconds, and bytes of memory that `run` needed above what was there: of the GPU, or resident memory of this process,
-    None where the kernel does not tell."""
+    """Seconds, and bytes of memory that `run` needed above what was there: of the GPU, where another run comes before, or resident
+    memory of this process, None where the kernel does not tell."""
     gc.collect()
     if on_gpu():
+        # Compiling and tuning kernels takes time and memory that later runs do not.
+        run()
+        torch.cuda.synchronize()
+        gc.collect()
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         return seconds_of(run), torch.cuda.max_memory_allocated() - before
@@ -248,7 +294,8 @@ def first_run(run: Callable[[], object]) -> tuple[float, int | None]:
 def free_memory() -> int | None:
     """Bytes that can be had on the default device, None where the system does not tell."""
     if on_gpu():
-        return torch.cuda.mem_get_info()[0]
+        # What torch took from the GPU and holds for later is not free there, but is for a contender.
+        return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     try:
         return _proc_bytes("/proc/meminfo", "MemAvailable")
     except OSError:

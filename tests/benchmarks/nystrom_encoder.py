@@ -51,9 +51,10 @@ def attention_cores(seq_len: int, batch: int = 1, backward: bool = False) -> dic
         "transformers": once(theirs, HEADS * _nystrom(seq_len, theirs_config)),
     }
     cores = with_compiled(cores, ["ours"], kernel_backend)
+    others = {name: once(_on_heads(peer)) for name, peer in peers.bidirectional_peers(HEAD_DIM, FEATURES).items()}
     if peers.has("nystrom-attention"):
-        cores["nystrom-attention"] = once(_nystrom_attention())
-    return cores | {name: once(_on_heads(peer)) for name, peer in peers.bidirectional_peers(HEAD_DIM, FEATURES).items()}
+        others = {"nystrom-attention": once(_nystrom_attention())} | others
+    return cores | peers.as_peers(others)
 
 
 def encoder_layers(seq_len: int, batch: int = 1, backward: bool = False) -> dict[str, Contender]:

@@ -9,7 +9,7 @@ from importlib import import_module
 import torch
 import torch.nn.functional as F
 
-from .measure import on_gpu
+from .measure import Contender, on_gpu
 
 
 PACKAGES = {
@@ -36,6 +36,11 @@ def missing_peers() -> dict[str, str]:
 
 def has(package: str) -> bool:
     return package not in missing_peers() and (package in PACKAGES or on_gpu())
+
+
+def as_peers(contenders: dict[str, Contender]) -> dict[str, Contender]:
+    """The same, marked as other people's."""
+    return {name: contender._replace(is_peer=True) for name, contender in contenders.items()}
 
 
 def causal_peers(head_dim: int, feature_dim: int) -> dict[str, Attention]:

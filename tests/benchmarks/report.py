@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from .compiled import IN_CPP
-from .measure import Result, Section, Skipped, ratio
+from .measure import Failed, Result, Section, Skipped, ratio
 from .roofline import Roofline
 from .targets import LABELS, exponents, share_of_peak
 
@@ -17,7 +17,8 @@ def print_batch(batch: Sequence[Result | Skipped], axis: str) -> None:
     for result in batch:
         start = f"  {result.length:7,} {axis}  {result.contender:34}"
         if isinstance(result, Skipped):
-            print(f"{start} skipped: {result.reason}", flush=True)
+            told = "FAILED" if isinstance(result, Failed) else "skipped"
+            print(f"{start} {told}: {result.reason}", flush=True)
             continue
         columns = [f"{1e3 * result.seconds:10.2f} ms"]
         if isinstance(base, Result):

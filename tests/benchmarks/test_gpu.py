@@ -2,13 +2,17 @@
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from kermit_hf import backends
+
 from . import gpu, peers
 from .measure import Contender
+from .targets import Faster
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -27,10 +31,11 @@ def test_without_a_gpu_one_line_says_that_there_is_nothing_to_measure():
 
 @pytest.mark.parametrize("backward", [False, True])
 def test_every_contender_of_ours_runs(backward, monkeypatch):
-    monkeypatch.setattr(gpu, "has", lambda backend: False)
-    timed = gpu.contenders(192, backward)
-    assert {"softmax (SDPA)", "Taylor, torch", "elu, torch", "gated delta, torch"} < timed.keys()
-    nystrom = gpu.nystrom_contenders(384, backward)
+    monkeypatch.setattr(gpu, "has", lambda backend, is_gated=False: False)
+    timed = gpu.contenders(gpu.kermit_forms, 192, backward)
+    rules = [f"{rule}{near}, torch" for rule in gpu.RULES for near in ("", " + window 128")]
+    assert {"softmax (SDPA)", *rules} == timed.keys()
+    nystrom = gpu.contenders(gpu.nystrom_forms, 384, backward)
     assert {"softmax (SDPA)", "causal Nyström, torch", "causal Nyström, learned γ, torch"} == nystrom.keys()
     for contender in (*timed.values(), *nystrom.values()):
         assert isinstance(contender, Contender)
@@ -38,14 +43,67 @@ def test_every_contender_of_ours_runs(backward, monkeypatch):
 
 
 def test_targets_name_contenders_that_a_gpu_would_have(monkeypatch):
-    monkeypatch.setattr(gpu, "has", lambda backend: True)
-    timed = gpu.contenders(64, False)
-    assert {"Taylor + window 128", "gated delta + window 128"} < timed.keys()
-    for own, peer in gpu.OWN_AND_PEER.items():
-        assert {own, peer} < timed.keys()
-    timed = gpu.nystrom_contenders(64, False)
-    for target in gpu.NYSTROM_TARGETS:
-        assert {target.contender, getattr(target, "rival", target.contender)} < timed.keys()
+    monkeypatch.setattr(gpu, "has", lambda backend, is_gated=False: True)
+    monkeypatch.setattr(peers, "has", lambda package: True)
+    timed = gpu.kermit_forms(64)
+    nystrom = gpu.nystrom_forms(64)
+    for name, section in gpu.SECTIONS.items():
+        named = {target.contender for target in section.targets}
+        named |= {target.rival for target in section.targets if isinstance(target, Faster)}
+        if name != "gpu-decoding":
+            assert named < (nystrom if "nystrom" in name else timed).keys()
+
+
+def test_near_and_far_field_are_timed_on_each_backend(monkeypatch):
+    """Not on whichever the process has chosen."""
+    monkeypatch.setattr(gpu, "has", lambda backend, is_gated=False: True)
+    ran_on = []
+    monkeypatch.setattr(gpu, "attention", lambda *_: lambda *states, **gates: ran_on.append(backends.CHOICE.chosen))
+    monkeypatch.setattr(backends.CHOICE, "check", lambda name: None)
+    for name, form in gpu.kermit_forms(64).items():
+        rule, _, backend = name.rpartition(", ")
+        if rule.removesuffix(" + window 128") in gpu.RULES:
+            form.attend()
+            assert ran_on.pop() == backend
+            assert form.reference == (None if backend == "torch" else f"{rule}, torch")
+    for rule in gpu.RULES:
+        for backend in ("torch", "triton", "auto"):
+            assert f"{rule} + window 128, {backend}" in gpu.kermit_forms(64)
+
+
+@pytest.fixture
+def installed(monkeypatch) -> Iterator[None]:
+    """All packages are there, and a device that their kernels run on; the default dtype is bfloat16."""
+    monkeypatch.setattr(backends.CHOICE, "missing", lambda name: None)
+    monkeypatch.setattr(backends.CHOICE, "misfit", lambda name, device: None)
+    monkeypatch.setattr(backends, "gates_misfit", lambda device: None)
+    torch.set_default_dtype(torch.bfloat16)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+KERNELS = {"Taylor, triton", "Taylor, fla", "elu, fla", "gated delta, fla"}
+
+
+def test_kernels_that_serve_are_timed(installed):
+    assert gpu.kermit_forms(64).keys() > KERNELS
+
+
+@pytest.mark.parametrize("backend", ["triton", "fla"])
+def test_a_backend_that_cannot_run_on_this_gpu_is_not_timed(backend, installed, monkeypatch):
+    monkeypatch.setattr(backends.CHOICE, "misfit", lambda name, device: "too old" if name == backend else None)
+    left = {name for name in KERNELS if not name.endswith(backend)}
+    assert gpu.kermit_forms(64).keys() & KERNELS == left
+
+
+def test_gated_rules_are_not_timed_where_they_are_wrong(installed, monkeypatch):
+    monkeypatch.setattr(backends, "gates_misfit", lambda device: "triton is too old")
+    assert gpu.kermit_forms(64).keys() & KERNELS == KERNELS - {"gated delta, fla"}
+
+
+def test_in_other_dtypes_than_bfloat16_the_package_has_no_kernels(installed):
+    torch.set_default_dtype(torch.float32)
+    assert gpu.kermit_forms(64).keys() & KERNELS == {"Taylor, triton"}
 
 
 def test_the_peer_s_taylor_map_is_ours(monkeypatch):

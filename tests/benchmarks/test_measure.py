@@ -3,7 +3,9 @@
 import json
 import subprocess
 import sys
+import time
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +18,7 @@ from . import __main__ as entry
 from . import decoding, kermit, measure, models, nystrom_decoder, nystrom_encoder, peers, report, roofline, targets
 from .compiled import compiled
 from .decoding import Decoder, Place, compare_decoding
-from .measure import Contender, Limits, MatrixProduct, Result, Section, Skipped, by_length, compare
+from .measure import Contender, Failed, Limits, MatrixProduct, Result, Section, Skipped, by_length, compare
 from .roofline import Roofline, measure_roofline
 
 
@@ -58,6 +60,60 @@ def test_memory_that_cannot_be_had_is_a_line_not_an_error():
 def test_other_errors_are_not_taken_for_want_of_memory():
     with pytest.raises(RuntimeError, match="shapes"):
         compare({"a": Contender(lambda: torch.ones(2, 3) @ torch.ones(2, 3))}, 5, PATIENT)
+
+
+def fail_with(error: Exception):
+    def run():
+        raise error
+
+    return run
+
+
+def test_a_peer_that_fails_is_a_line_not_an_error():
+    """Whatever it raises, and as a whole: errors of flash-linear-attention's backward passes have several lines."""
+    failing = Contender(fail_with(AssertionError("not in float32\nsee the manual")), is_peer=True)
+    batch = compare({"a": Contender(lambda: None), "b": failing}, 5, PATIENT, max_rounds=3)
+    assert isinstance(batch[0], Result)
+    assert batch[1] == Skipped("b", 5, "failed with AssertionError: not in float32")
+
+
+@pytest.mark.parametrize("error", [ValueError("triton 3.5"), RuntimeError("no such kernel")])
+def test_on_a_gpu_one_of_ours_that_fails_is_a_line_and_the_run_does_not_hold(error, gpu, capsys):
+    batch = compare({"a": Contender(lambda: None), "b": Contender(fail_with(error))}, 5, PATIENT, max_rounds=3)
+    assert isinstance(batch[0], Result)
+    assert batch[1] == Failed("b", 5, f"{type(error).__name__}: {error}")
+    report.print_batch(batch, "tokens")
+    assert capsys.readouterr().out.splitlines()[1].endswith(f"FAILED: {batch[1].reason}")
+
+
+def test_one_that_fails_later_leaves_the_others_their_rounds():
+    calls = []
+
+    def run():
+        calls.append(None)
+        if len(calls) > 4:
+            out_of_memory()
+
+    batch = compare({"a": Contender(run), "b": Contender(lambda: None)}, 5, PATIENT, max_rounds=3)
+    assert batch[0] == Skipped("a", 5, "out of memory")
+    assert len(batch[1].rounds) == 3
+
+
+@pytest.mark.parametrize("is_peer", [False, True])
+def test_nothing_runs_after_an_illegal_memory_access(is_peer, gpu, monkeypatch):
+    class AcceleratorError(RuntimeError):
+        pass
+
+    monkeypatch.setattr(torch, "AcceleratorError", AcceleratorError, raising=False)
+    told = "an illegal memory access was encountered"
+    for error in (AcceleratorError("CUDA error"), RuntimeError(f"Triton Error [CUDA]: {told}")):
+        with pytest.raises(type(error)):
+            compare({"a": Contender(fail_with(error), is_peer=is_peer)}, 5, PATIENT)
+
+
+def test_a_contender_of_ours_that_fails_fails_the_run(tmp_path, quick):
+    section = Section("", lambda lengths, limits: [[Failed("a", 8, "wrong")]], (64,))
+    assert entry.run({"section": section}, "", ["--output", str(tmp_path)]) == 1
 
 
 def test_what_would_take_too_long_or_too_much_is_not_run():
@@ -105,6 +161,52 @@ def test_ratio_is_the_median_of_neighbouring_runs_with_quartiles():
     base, own = result("base", 5, 2.0, 4.0, 6.0, 8.0, 10.0), result("own", 5, 1.0, 1.0, 1.0, 1.0, 1.0)
     assert measure.ratio(base, own) == (6.0, 4.0, 8.0)
     assert measure.ratio(base, base) == (1.0, 1.0, 1.0)
+
+
+class FakeGpu:
+    """Stands for a GPU: what was called of `torch.cuda`, in which order, and figures in bytes."""
+
+    def __init__(self, monkeypatch):
+        self.called = []
+        figures = {
+            "memory_allocated": 10,
+            "max_memory_allocated": 70,
+            "memory_reserved": 40,
+            "mem_get_info": (500, 1000),
+        }
+        for name in ("synchronize", "empty_cache", "reset_peak_memory_stats", *figures):
+            monkeypatch.setattr(torch.cuda, name, partial(self.call, name, figures.get(name)))
+        monkeypatch.setattr(measure, "on_gpu", lambda: True)
+        monkeypatch.setitem(measure.MATRIX_SIZE, True, 64)
+
+    def call(self, name: str, figure):
+        self.called.append(name)
+        return figure
+
+
+@pytest.fixture
+def gpu(monkeypatch) -> FakeGpu:
+    return FakeGpu(monkeypatch)
+
+
+def test_on_a_gpu_the_second_run_is_the_first_that_counts(gpu):
+    """The first one compiles and tunes kernels, which takes time and memory."""
+
+    def run():
+        if "run" not in gpu.called:
+            time.sleep(0.2)
+        gpu.called.append("run")
+
+    (first,) = compare({"a": Contender(run)}, 5, Limits(0.4), max_rounds=3)
+    assert isinstance(first, Result)
+    assert first.peak_bytes == 60
+    first_run = gpu.called.index("run")
+    before_second = gpu.called[first_run + 1 : gpu.called.index("run", first_run + 1)]
+    assert before_second[:3] == ["synchronize", "empty_cache", "reset_peak_memory_stats"]
+
+
+def test_what_torch_holds_free_of_a_gpu_is_free(gpu):
+    assert measure.free_memory() == 500 + 40 - 10
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
@@ -274,24 +376,24 @@ def test_new_tokens_are_decoded_on_the_backend_that_is_asked_for(monkeypatch):
 
 
 def run_entry(tmp_path, *arguments: str) -> dict:
-    """results.json of a run; restores what the entry point sets for the whole process."""
-    threads = torch.get_num_threads()
-    try:
-        entry.main([*arguments, "--output", str(tmp_path), "--threads", "1"])
-    finally:
-        torch.set_num_threads(threads)
-        torch.set_default_dtype(torch.float32)
+    """results.json of a run."""
+    entry.main([*arguments, "--output", str(tmp_path), "--threads", "1"])
     return json.loads((tmp_path / "results.json").read_text())
 
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Without the roofline's large matrices, and without a limit on the memory of the process that runs the tests."""
+    """Without the roofline's large matrices, and without a limit on the memory of the process that runs the tests; restores what
+    the entry point sets for all of it."""
+    threads = torch.get_num_threads()
     monkeypatch.setattr(entry, "measure_roofline", lambda: Roofline(1e9, 1e9))
     monkeypatch.setattr(entry, "keep_to_free_memory", lambda: None)
     peers.missing_peers.cache_clear()
     yield
     peers.missing_peers.cache_clear()
+    torch.set_num_threads(threads)
+    torch.set_default_device(None)
+    torch.set_default_dtype(torch.float32)
 
 
 def test_missing_peers_are_named_and_left_out(tmp_path, monkeypatch, capsys, quick):
@@ -327,6 +429,39 @@ def test_a_section_is_printed_kept_and_drawn(tmp_path, quick, capsys):
     assert section["results"][0]["ratio"]["median"] == 1.0
     assert "of peak" in capsys.readouterr().out
     assert (tmp_path / "nystrom-prefill.png").stat().st_size > 0
+
+
+def test_what_was_measured_is_kept_when_the_run_is_cut_off(tmp_path, quick):
+    def time_lengths(lengths, limits):
+        yield [result("a", 64, 1.0)]
+        raise KeyboardInterrupt
+
+    section = Section("", time_lengths, (64, 128))
+    with pytest.raises(KeyboardInterrupt):
+        entry.run({"section": section}, "", ["--output", str(tmp_path)])
+    kept = json.loads((tmp_path / "results.json").read_text())
+    assert [entry["length"] for entry in kept["section"]["results"]] == [64]
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    file = tmp_path / "results.json"
+    entry.write_whole(file, "old")
+
+    def cut_off(path, text):
+        Path.open(path, "w").write(text[:1])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        entry.write_whole(file, "new")
+    assert file.read_text() == "old"
+
+
+def test_without_matplotlib_there_is_no_plot_and_the_run_goes_on(tmp_path, quick, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    section = Section("", lambda lengths, limits: [[result("a", 64, 1.0)]], (64,))
+    assert entry.run({"first": section, "second": section}, "", ["--output", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.count("there is no plot: ") == 2
 
 
 CONTENDERS = {

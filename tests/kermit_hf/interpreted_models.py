@@ -1,6 +1,7 @@
-"""Whole models on the Triton backend, run by Triton's interpreter on a CPU as `interpreted_taylor` is."""
+"""Whole models on the Triton backend, run by Triton's interpreter on a CPU as `interpreted_taylor` is.
 
-import os
+python -m pytest tests/kermit_hf/interpreted_models.py      # on a CUDA device, compiled
+"""
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from tests.kermit_hf.test_kernel_attention import assert_close
 from tests.kermit_hf.tiny_models import place, tiny_model, tokens
 
 
-assert os.environ.get("TRITON_INTERPRET") == "1", "run by test_triton_kernels"
+pytestmark = pytest.mark.usefixtures("on_kernel_device")
 
 TAYLOR = {"update_rule": "additive", "feature_map": "taylor", "feature_dim": 4}
 MODELS = {

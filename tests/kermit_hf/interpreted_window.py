@@ -1,6 +1,8 @@
-"""The near field in Triton, run by Triton's interpreter on a CPU as `interpreted_taylor` is, with the same bounds."""
+"""The near field in Triton, run by Triton's interpreter on a CPU as `interpreted_taylor` is, with the same bounds.
 
-import os
+python -m pytest tests/kermit_hf/interpreted_window.py      # on a CUDA device, compiled
+"""
+
 from typing import NamedTuple
 
 import pytest
@@ -11,7 +13,7 @@ from kermit_hf.window_triton import window_merged
 from tests.kermit_hf.test_kernel_attention import assert_close
 
 
-assert os.environ.get("TRITON_INTERPRET") == "1", "run by test_triton_kernels"
+pytestmark = pytest.mark.usefixtures("on_kernel_device")
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 1e-3}
 
@@ -90,6 +92,16 @@ def test_outputs_and_gradients_are_those_of_the_reference(name):
     for name, grad, wanted in zip(tensors, grads, targets, strict=True):
         assert grad.dtype == tensors[name].dtype
         assert_close(grad, wanted, TOLERANCE[case.dtype], f"gradient of {name}")
+
+
+def test_first_real_slots_may_lie_apart_in_memory():
+    """As a column of a matrix, already in the kernels' dtype."""
+    case = CASES["everything"]
+    tensors, first_real = make_inputs(case)
+    first_real = first_real.int()
+    apart = torch.stack([first_real, first_real + 30], 1)[:, 0]
+    expected, output = (attend(window_merged, tensors, case, slots) for slots in (first_real, apart))
+    assert torch.equal(output, expected)
 
 
 def test_no_query_sees_beyond_its_window():

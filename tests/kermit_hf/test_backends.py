@@ -1,6 +1,8 @@
 """Which kernels run: PyTorch's unless others are chosen, then the best one that fits, and a clear refusal of what cannot be."""
 
 import os
+from collections.abc import Iterator
+from functools import partial
 from importlib.util import find_spec
 from types import SimpleNamespace
 
@@ -41,12 +43,14 @@ def chosen_on_a_gpu(
     head_dim: int = 64,
     feature_dim: int | None = None,
     batch: int = 1,
+    is_gated: bool = False,
 ) -> str | None:
     """Name of the form that tensors on a GPU would go to."""
     monkeypatch.setattr(backends.CHOICE, "misfit", lambda name, device: None)
     feature_map = FEATURE_MAPS[name](head_dim, feature_dim, 2, 2)
     tensor = SimpleNamespace(is_cuda=True, device=torch.device("cuda"), dtype=dtype, shape=(batch, 2, 10, head_dim))
-    kernel = backends.find_kernel(update_rule, feature_map.map_queries, feature_map.map_keys, tensor, tensor)
+    maps = feature_map.map_queries, feature_map.map_keys
+    kernel = backends.find_kernel(update_rule, *maps, tensor, tensor, is_gated)
     return kernel and kernel.chunked.__name__
 
 
@@ -101,7 +105,9 @@ def test_the_rest_is_the_package_s_or_torch_s(
 @pytest.mark.parametrize(
     "backend, dtype, head_dim, num_sinks, expected",
     [
-        ("auto", BF16, 256, 4, "window_merged"),
+        ("auto", BF16, 256, 64, "window_merged"),
+        ("auto", BF16, 256, 65, "window_blocked"),  # together they need more shared memory than most GPUs have
+        ("auto", BF16, 144, 128, "window_blocked"),
         ("auto", FP32, 128, 128, "window_merged"),
         ("triton", BF16, 64, 0, "window_merged"),
         ("auto", FP32, 256, 4, "window_blocked"),
@@ -121,11 +127,14 @@ def test_the_near_field_is_our_own_kernel_where_it_fits(
         assert backends.find_window(query, num_sinks).__name__ == expected
 
 
-def test_torch_compile_gets_the_torch_forms(installed, monkeypatch):
+@pytest.mark.parametrize("backend", ["auto", "triton", "fla", "cpp"])
+def test_torch_compile_gets_the_torch_forms(backend, installed, monkeypatch):
+    """Those of a backend that is named, too: it cannot look into `torch.cuda.device_of`, in which kernels are launched."""
     installed |= {"triton", "fla-core"}
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert chosen_on_a_gpu(monkeypatch, "additive", "taylor", BF16) is None
-    assert chosen_on_a_gpu(monkeypatch, "delta", "silu_l2", BF16) is None
+    with kernel_backend(backend):
+        assert chosen_on_a_gpu(monkeypatch, "additive", "taylor", BF16) is None
+        assert chosen_on_a_gpu(monkeypatch, "delta", "silu_l2", BF16) is None
 
 
 @pytest.mark.parametrize("backend", ["compiled", "torch"])
@@ -149,6 +158,39 @@ def test_a_chosen_backend_is_the_only_one(installed, monkeypatch):
             assert chosen_on_a_gpu(monkeypatch, "delta", "silu_l2", BF16) == "fla_delta_chunked"
         assert backends.CHOICE.chosen == "torch"
     assert backends.CHOICE.chosen == "auto"
+
+
+@pytest.fixture
+def hopper(monkeypatch) -> Iterator[None]:
+    """A GPU on which this triton computes the package's gated rules wrongly."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(backends, "import_module", lambda name: SimpleNamespace(__version__="3.5.0"))
+    backends.gates_misfit.cache_clear()
+    yield
+    backends.gates_misfit.cache_clear()
+
+
+WRONG = "'fla' cannot run: triton 3.5.0 computes its gated rules wrongly on this GPU; install triton 3.7.1 or later"
+
+
+@pytest.mark.parametrize("rule", ["additive", "delta"])
+def test_where_gated_rules_are_wrong_the_others_still_are_the_package_s(rule, installed, hopper, monkeypatch):
+    installed |= {"triton", "fla-core"}
+    chosen = partial(chosen_on_a_gpu, monkeypatch, rule, "silu_l2" if rule == "delta" else "elu", BF16)
+    assert chosen() == f"fla_{rule}_chunked"
+    assert chosen(is_gated=True) is None
+    with kernel_backend("fla"):
+        assert chosen() == f"fla_{rule}_chunked"
+        with pytest.raises(ValueError, match=WRONG):
+            chosen(is_gated=True)
+
+
+def test_the_forget_gate_of_a_model_is_seen(installed, hopper, monkeypatch):
+    installed |= {"triton", "fla-core"}
+    monkeypatch.setattr(backends.CHOICE, "misfit", lambda name, device: None)
+    model = tiny_model({"window_size": 4, "forget_gate": True}).bfloat16()
+    with kernel_backend("fla"), pytest.raises(ValueError, match=WRONG):
+        model(tokens(1, 12))
 
 
 def test_the_choice_ends_with_an_error():
@@ -177,7 +219,6 @@ def test_a_package_that_is_missing_is_named(name, package, installed):
 def test_a_backend_that_cannot_run_on_the_device_says_so(name, installed):
     installed |= {"triton", "fla-core"}
     model = tiny_model(TAYLOR)
-    backends._misfit.cache_clear()
     with (
         kernel_backend(name),
         pytest.raises(ValueError, match=f"'{name}' cannot run: tensors are on 'cpu'; move the model to a CUDA device"),

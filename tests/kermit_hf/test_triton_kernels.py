@@ -35,14 +35,16 @@ def test_the_taylor_kernels_compile_for_a_gpu(name, head_dim, gated, tmp_path):
     compile_kernel(kernel, {**sizes, **absent}, KINDS, tmp_path, has_products=name != "carry")
 
 
-@pytest.mark.parametrize("dtype, head_dim", [("bf16", 64), ("bf16", 128), ("fp32", 16)])
+@pytest.mark.parametrize("dtype, head_dim", [("bf16", 64), ("bf16", 128), ("bf16", 256), ("fp32", 16)])
 @pytest.mark.parametrize("name", ["merge", "query_gradient", "key_gradient"])
 def test_the_window_kernels_compile_for_a_gpu(name, dtype, head_dim, tmp_path):
+    """With as many sinks as they take."""
     from kermit_hf import window_triton
+    from kermit_hf.backends import max_sinks
 
     states = torch.empty(1, 2, 1, head_dim, dtype={"bf16": torch.bfloat16, "fp32": torch.float32}[dtype])
     sizes = window_triton._sizes(states, states[:, :1], 128, True)
     if name == "merge":
-        sizes |= {"NUM_SINKS": 4, "SINKS": 16}
+        sizes |= {"NUM_SINKS": max_sinks(head_dim), "SINKS": max_sinks(head_dim)}
     kinds = KINDS | dict.fromkeys(STATES, f"*{dtype}")
     compile_kernel(getattr(window_triton, f"_{name}_kernel"), sizes, kinds, tmp_path)

@@ -1,6 +1,7 @@
-"""Whole models on the Triton backend, run by Triton's interpreter on a CPU as `interpreted_landmarks` is."""
+"""Whole models on the Triton backend, run by Triton's interpreter on a CPU as `interpreted_landmarks` is.
 
-import os
+python -m pytest tests/nystromformer_hf/interpreted_decoders.py      # on a CUDA device, compiled
+"""
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from tests.nystromformer_hf.decoder_models import place, tiny_model, tokens
 from tests.nystromformer_hf.interpreted_landmarks import HISTORY, TEXT, assert_close, called
 
 
-assert os.environ.get("TRITON_INTERPRET") == "1", "run by test_triton_kernels"
+pytestmark = pytest.mark.usefixtures("on_kernel_device")
 assert called  # a fixture, of every test
 
 

@@ -1,11 +1,12 @@
 """Causal Nyström attention in Triton, run by Triton's interpreter on a CPU. Not collected by itself: the interpreter has to be
 chosen before triton is imported, so `test_triton_kernels` runs this file in a process of its own.
 
+    python -m pytest tests/nystromformer_hf/interpreted_landmarks.py      # on a CUDA device, compiled
+
 Errors are relative to the largest entry of what is expected. bfloat16 keeps 8 bits and the interpreter cuts off the rest
 instead of rounding, so a product of two is off by up to 1 in 64 and sums of them by less; the bound is 2e-2.
 """
 
-import os
 from typing import NamedTuple
 
 import pytest
@@ -21,7 +22,7 @@ from nystromformer_hf.causal_nystrom_attention import (
 )
 
 
-assert os.environ.get("TRITON_INTERPRET") == "1", "run by test_triton_kernels"
+pytestmark = pytest.mark.usefixtures("on_kernel_device")
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 1e-3}
 TEXT, HISTORY = "landmark_attention", "history_attention"

@@ -75,9 +75,13 @@ def test_without_triton_everything_is_torch_s(monkeypatch):
     assert chosen_on_a_gpu(monkeypatch, BF16) == NONE
 
 
-def test_torch_compile_gets_the_torch_forms(monkeypatch):
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_torch_compile_gets_the_torch_forms(backend, monkeypatch):
+    """Those of a backend that is named, too: it cannot look into `torch.cuda.device_of`, in which kernels are launched."""
+    monkeypatch.setattr(backends.CHOICE, "missing", lambda name: None)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert chosen_on_a_gpu(monkeypatch, BF16) == NONE
+    with kernel_backend(backend):
+        assert chosen_on_a_gpu(monkeypatch, BF16) == NONE
 
 
 def test_the_torch_backend_ends_with_its_block(monkeypatch):
