@@ -249,10 +249,11 @@ class _Rotate(torch.autograd.Function):
     def forward(tensor, cos, sin):
         rotated = tensor * cos
         real, imaginary = tensor.chunk(2, -1)
-        rotated_real, rotated_imaginary = rotated.chunk(2, -1)
-        sin = sin[..., : real.shape[-1]]
-        rotated_real.addcmul_(imaginary, sin, value=-1)
-        rotated_imaginary.addcmul_(real, sin)
+        half = real.shape[-1]
+        sin = sin[..., :half]
+        # Not the views of `chunk`, which `torch.export` lets nobody write to.
+        rotated[..., :half].addcmul_(imaginary, sin, value=-1)
+        rotated[..., half:].addcmul_(real, sin)
         return rotated
 
     @staticmethod

@@ -252,8 +252,10 @@ class _DeltaChunks(torch.autograd.Function):
         decayed_key = _decay_rows(key, decay_out)
 
         matrices = key.new_empty(*key.shape[:3], key.shape[-1], value.shape[-1])
-        for index, chunk_written in enumerate(written.unbind(2)):
+        for index in range(written.shape[2]):
             matrices[:, :, index] = matrix
+            # Not one of the views of `unbind`, which `torch.export` lets nobody write to.
+            chunk_written = written[:, :, index]
             chunk_written -= recalled[:, :, index] @ matrix
             carried = matrix if decay_all is None else matrix * decay_all[:, :, index, None, None]
             matrix = carried + decayed_key[:, :, index].mT @ chunk_written
