@@ -20,6 +20,7 @@ HEADS, HEAD_DIM, WINDOW, SINKS, SEGMENT, NEAR_SEGMENTS = 8, 64, 128, 4, 64, 2
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
 BATCHES = (1, 8, 64)
 BATCH_CONTEXT = 1024
+TRAINED_WORDS = 4096
 LINEAR = ("KERMIT", "KERMIT, additive, no window")
 
 # Multiplications of one head of one layer, as a function of length.
@@ -78,7 +79,7 @@ def layers(length: int) -> dict[str, Contender]:
 
 def training_steps(length: int) -> dict[str, Contender]:
     """Loss of one text, its gradient, and AdamW's step; two layers, so that 65,536 tokens have a chance to fit."""
-    tokens = torch.randint(3, 4096, (1, length))
+    tokens = torch.randint(3, TRAINED_WORDS, (1, length))
 
     def contender(name: str, model: PreTrainedModel) -> Contender:
         optimizer = torch.optim.AdamW(model.train().parameters())
@@ -90,7 +91,9 @@ def training_steps(length: int) -> dict[str, Contender]:
 
         return Contender(step, work.TRAINING * multiplications(name, model, length, logits=length))
 
-    timed = {name: contender(name, model) for name, model in decoders(**body(layers=2, vocabulary=4096)).items()}
+    timed = {
+        name: contender(name, model) for name, model in decoders(**body(layers=2, vocabulary=TRAINED_WORDS)).items()
+    }
     return with_compiled(timed, LINEAR, kernel_backend)
 
 
