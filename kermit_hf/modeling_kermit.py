@@ -20,6 +20,7 @@ from transformers.modeling_outputs import (
 )
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple
@@ -482,3 +483,6 @@ __all__ = [
     "KermitModel",
     "KermitPreTrainedModel",
 ]
+
+# Only for classes named here does the Trainer shift labels that it smooths.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[KermitConfig.model_type] = KermitForCausalLM.__name__

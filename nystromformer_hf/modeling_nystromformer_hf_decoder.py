@@ -16,6 +16,7 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutputWithPast,
 )
 from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.llama.modeling_llama import (
     LlamaMLP,
     LlamaRMSNorm,
@@ -575,3 +576,6 @@ __all__ = [
     "NystromformerHFDecoderModel",
     "NystromformerHFDecoderPreTrainedModel",
 ]
+
+# Only for classes named here does the Trainer shift labels that it smooths.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[NystromformerHFDecoderConfig.model_type] = NystromformerHFDecoderForCausalLM.__name__

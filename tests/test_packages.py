@@ -4,9 +4,14 @@ import ast
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_pt_utils import LabelSmoother
 
 import kermit_hf
 import nystromformer_hf
+from kermit_hf import KermitConfig, KermitForCausalLM
+from nystromformer_hf import NystromformerHFDecoderConfig, NystromformerHFDecoderForCausalLM
 
 
 KERMIT = Path(kermit_hf.__file__).parent
@@ -58,3 +63,17 @@ def test_neither_package_imports_the_other(package, other):
             elif isinstance(node, ast.ImportFrom) and node.level == 0:
                 names = [node.module]
             assert not any(name.split(".")[0] in {other, "tests", "conversion_scripts"} for name in names), file.name
+
+
+@pytest.mark.parametrize(
+    "config, head",
+    [(KermitConfig, KermitForCausalLM), (NystromformerHFDecoderConfig, NystromformerHFDecoderForCausalLM)],
+)
+def test_the_trainer_shifts_labels_that_it_smooths(config, head, tmp_path):
+    """Else it trains a model to copy the token that it reads."""
+    sizes = {"vocab_size": 20, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    model, tokens = head(config(**sizes, num_attention_heads=2)).eval(), torch.randint(3, 20, (2, 9))
+    trainer = Trainer(model, TrainingArguments(tmp_path, label_smoothing_factor=0.1, use_cpu=True))
+    expected = LabelSmoother(0.1)(model(tokens), tokens, shift_labels=True)
+    loss = trainer.compute_loss(model, {"input_ids": tokens, "labels": tokens.clone()})
+    torch.testing.assert_close(loss, expected)
