@@ -257,7 +257,8 @@ class KermitCacheLayer(CacheLayerMixin):
             num_new = length if num_pad is None else length - num_pad
             self.num_real, self.num_filled = self.num_real + num_new, self.num_filled + num_new
         if num_pad is not None:
-            self.padded_until = self.cumulative_length + int(num_pad.max())
+            most = length if num_pad.is_meta else int(num_pad.max())
+            self.padded_until = self.cumulative_length + most
         self.cumulative_length += length
 
     def _write(
@@ -322,7 +323,7 @@ class KermitStaticCacheLayer(KermitCacheLayer):
         return self.max_cache_len
 
     def num_slots(self, length: int, window_size: int) -> int:
-        return length + min(window_size, self.max_cache_len)
+        return length + window_size
 
     def activate_past_recording(self) -> None:
         raise ValueError("a static cache cannot be rolled back; use the default dynamic cache for assisted generation")
@@ -338,9 +339,8 @@ class KermitStaticCacheLayer(KermitCacheLayer):
 
     def _initialize(self, key_states, value_states, gates, window_size, num_sink_tokens):
         super()._initialize(key_states, value_states, gates, window_size, num_sink_tokens)
-        slots = min(window_size, self.max_cache_len)
         for name, tensor in self._tokens().items():
-            self._set_token(name, tensor.new_zeros(*tensor.shape[:2], slots, *tensor.shape[3:]))
+            self._set_token(name, tensor.new_zeros(*tensor.shape[:2], window_size, *tensor.shape[3:]))
         self.num_real = torch.zeros(self.batch_size, dtype=torch.long, device=self.device)
         self.num_filled = torch.zeros_like(self.num_real)
         self.cumulative_length = self.cumulative_length.to(self.device)

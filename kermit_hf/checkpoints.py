@@ -35,6 +35,7 @@ def load_whole(
         raise ValueError(
             f"{source} is not a whole checkpoint of {type(model).__name__} with this config: it lacks {listed(missing)}"
             + (f"; unused here are its {listed(unused)}" if unused else "")
+            + ". A checkpoint of another model is converted first, by one of the conversion_scripts"
         )
     return model
 

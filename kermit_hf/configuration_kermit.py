@@ -2,6 +2,7 @@
 
 from huggingface_hub.dataclasses import strict
 from transformers import configuration_utils
+from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
@@ -154,6 +155,8 @@ class KermitConfig(PreTrainedConfig):
             raise ValueError(
                 f"num_sink_tokens={self.num_sink_tokens} exceeds window_size={self.window_size}; allowed are 0 ... window_size"
             )
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"hidden_act={self.hidden_act!r} is unknown; allowed are {', '.join(sorted(ACT2FN))}")
         if self.conv_kernel_size == 1:
             raise ValueError("conv_kernel_size=1 mixes no tokens; allowed are 0 (off) and integers from 2")
         if self.update_rule not in UPDATE_RULES:
@@ -171,6 +174,12 @@ class KermitConfig(PreTrainedConfig):
                 f"feature_map={self.feature_map!r} gives negative products, by whose sum update_rule='additive' cannot divide; "
                 f"allowed are {positive}, or update_rule='delta'"
             )
+
+    def fit_layer_types(self):
+        """After a change of `num_hidden_layers`: the first layers keep their types; where all are of one type, so are more."""
+        layers = self.num_hidden_layers
+        is_uniform = len(set(self.layer_types)) == 1
+        self.layer_types = self.layer_types[:1] * layers if is_uniform else self.layer_types[:layers]
 
     def validate_layer_type(self):
         """Replaces the library's fixed list of layer types by ours."""

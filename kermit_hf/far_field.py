@@ -112,8 +112,8 @@ def _far_behind(
     absorbed = end if slots.num_absorbed is None else slots.num_absorbed
     if isinstance(slots.first_real, int):
         # Sinks never enter the memory. Without padding they are the same slots in every row, and a slice leaves them out.
-        start = min(max(slots.first_real + num_sinks, 0), end)
-    if start == end:
+        start = max(slots.first_real + num_sinks, 0)
+    if start >= end:
         return None, slots.memory, query, slots
     reads_from = absorbed if start < absorbed < end else start
     count = end - reads_from

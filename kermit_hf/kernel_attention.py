@@ -215,7 +215,7 @@ def delta_chunked(
     doubling, (I - A)(I + A^2)(I + A^4)..., loses all digits when keys repeat, because powers of A grow before they vanish.
     """
     length, kv_heads = query.shape[2], key.shape[1]
-    chunk_size = chunk_size or min(64, _next_power_of_two(length))
+    chunk_size = chunk_size or _chunk_size(64, length)
     query, key, value, log_forget, write_strength = _upcast(query, key, value, log_forget, write_strength)
     memory = empty_memory(key, value, normalized=False) if memory is None else memory
     queries = _chunk_queries(query, kv_heads, chunk_size)
@@ -390,12 +390,18 @@ def read_memory(query: torch.Tensor, memory: KernelMemory) -> KernelReadout:
 def default_chunk_size(feature_dim: int, length: int) -> int:
     """Work per token is chunk_size * (feature_dim + head_dim) inside a chunk and feature_dim * head_dim for the memory,
     so wide feature maps want longer chunks; a short sequence is one chunk."""
-    chunk_size = 64 if feature_dim <= 128 else 128 if feature_dim <= 512 else 256
-    return min(chunk_size, _next_power_of_two(length))
+    return _chunk_size(64 if feature_dim <= 128 else 128 if feature_dim <= 512 else 256, length)
 
 
-def _next_power_of_two(length: int) -> int:
-    return 1 << max(length - 1, 0).bit_length()
+def _chunk_size(most: int, length: int) -> int:
+    """`most`, or the next power of two where a text is shorter."""
+    return most if length >= most else 1 << max(length - 1, 0).bit_length()
+
+
+def whole_blocks(length: int, size: int) -> int:
+    """How many blocks of `size` it takes for `length`: a number that a compiled graph is built upon, so that what follows from
+    it are numbers too, where the length itself is a symbol."""
+    return len(range(-(-length // size)))
 
 
 def _sum_dtype(tensor: torch.Tensor) -> torch.dtype:
@@ -414,10 +420,11 @@ def _group(query: torch.Tensor, kv_heads: int) -> torch.Tensor:
 
 def _chunk(tensor: torch.Tensor, chunk_size: int) -> torch.Tensor:
     """(batch, kv_heads, seq, ...) -> (batch, kv_heads, chunks, chunk_size, ...), zeros at the end."""
-    missing = -tensor.shape[2] % chunk_size
+    chunks = whole_blocks(tensor.shape[2], chunk_size)
+    missing = chunks * chunk_size - tensor.shape[2]
     if missing:
         tensor = F.pad(tensor, (0, 0) * (tensor.dim() - 3) + (0, missing))
-    return tensor.unflatten(2, (-1, chunk_size))
+    return tensor.unflatten(2, (chunks, chunk_size))
 
 
 def _chunk_queries(query: torch.Tensor, kv_heads: int, chunk_size: int) -> torch.Tensor:

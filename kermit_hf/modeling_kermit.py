@@ -93,6 +93,13 @@ class KermitPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": KermitDecoderLayer, "attentions": KermitSoftmaxAttention}
 
+    def __init__(self, config: KermitConfig, *inputs, **kwargs):
+        # Fields may have been set since it was made, by `from_pretrained` for one.
+        config.fit_layer_types()
+        config.validate_architecture()
+        config.validate_layer_type()
+        super().__init__(config, *inputs, **kwargs)
+
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
@@ -155,6 +162,7 @@ class KermitModel(KermitPreTrainedModel):
         length = inputs_embeds.shape[1]
         if length == 0:
             raise ValueError(f"input_ids has shape {tuple(inputs_embeds.shape[:2])}; allowed are one token or more")
+        given_positions = position_ids
         if position_ids is None:
             past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(length, device=inputs_embeds.device) + past_length).unsqueeze(0)
@@ -162,12 +170,12 @@ class KermitModel(KermitPreTrainedModel):
             self._bind_cache(past_key_values)
         masks, positions = {}, {}
         # Kernel layers first: they say what is wrong with a mask.
-        for layer_type in sorted(set(self.config.layer_types), key=LAYER_TYPE.__ne__):
+        for layer_type in sorted(set(self._layer_types()), key=LAYER_TYPE.__ne__):
             if layer_type == LAYER_TYPE:
                 masks[layer_type] = Padding.from_any_mask(
                     attention_mask,
                     layer_type,
-                    position_ids,
+                    given_positions,
                     *inputs_embeds.shape[:2],
                     past_key_values,
                     self.config.is_causal,
@@ -177,7 +185,7 @@ class KermitModel(KermitPreTrainedModel):
                 masks[layer_type] = self._softmax_mask(
                     layer_type, inputs_embeds, attention_mask, position_ids, past_key_values
                 )
-        if set(self.config.layer_types) != {LAYER_TYPE}:
+        if masks.keys() != {LAYER_TYPE}:
             rotary = self.rotary_emb(inputs_embeds, position_ids=position_ids)
             positions |= dict.fromkeys(masks.keys() - {LAYER_TYPE}, rotary)
 
@@ -193,6 +201,10 @@ class KermitModel(KermitPreTrainedModel):
             )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
+    def _layer_types(self) -> list[str]:
+        """Of the layers that run: early exit lowers `num_hidden_layers` for a while."""
+        return self.config.layer_types[: self.config.num_hidden_layers]
+
     def _softmax_mask(self, layer_type, inputs_embeds, attention_mask, position_ids, past_key_values):
         if isinstance(attention_mask, dict):
             return attention_mask[layer_type]
@@ -207,14 +219,17 @@ class KermitModel(KermitPreTrainedModel):
 
     def _bind_cache(self, past_key_values: Cache) -> None:
         """`ValueError` unless the cache has the layers and settings of this model."""
-        is_kernel = [layer_type == LAYER_TYPE for layer_type in self.config.layer_types]
+        layer_types = self._layer_types()
+        is_kernel = [layer_type == LAYER_TYPE for layer_type in layer_types]
         if not any(is_kernel):
             return
+        if not past_key_values.layers and type(past_key_values) is DynamicCache:
+            past_key_values.layers = DynamicCache(config=self.config).layers  # it was made without a config
         if [hasattr(layer, "bind") for layer in past_key_values.layers] != is_kernel:
             names = [type(layer).__name__ for layer in past_key_values.layers]
             raise ValueError(
                 f"past_key_values: its layers are {', '.join(names) or 'none'}, but layer_types are "
-                f"{', '.join(self.config.layer_types)}; allowed are DynamicCache(config=model.config), "
+                f"{', '.join(layer_types)}; allowed are DynamicCache(config=model.config), "
                 "StaticCache(config=model.config, ...), or None"
             )
         settings = {name: getattr(self.config, name) for name in CACHE_SETTINGS}
@@ -410,12 +425,19 @@ class KermitForTokenClassification(KermitPreTrainedModel):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> TokenClassifierOutput:
         outputs: BaseModelOutputWithPast = self.model(
-            input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
         )
         logits = self.score(self.dropout(outputs.last_hidden_state))
         loss = None
@@ -441,13 +463,20 @@ class KermitForQuestionAnswering(KermitPreTrainedModel):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         start_positions: torch.LongTensor | None = None,
         end_positions: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> QuestionAnsweringModelOutput:
         outputs: BaseModelOutputWithPast = self.model(
-            input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
         )
         start_logits, end_logits = self.qa_outputs(outputs.last_hidden_state).unbind(-1)
         loss = None

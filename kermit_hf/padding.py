@@ -25,7 +25,7 @@ class Padding(NamedTuple):
         real = mask != 0
         num_pad = (~real).sum(-1)
         order = real.to(torch.uint8).argsort(dim=-1, stable=True)
-        if not torch.compiler.is_compiling() and bool((real[:, 1:] >= real[:, :-1]).all()):
+        if _is_readable(mask) and bool((real[:, 1:] >= real[:, :-1]).all()):
             return cls(num_pad, None, None)
         return cls(num_pad, order, order.argsort(dim=-1))
 
@@ -46,14 +46,14 @@ class Padding(NamedTuple):
         cls,
         attention_mask: torch.Tensor | dict | None,
         layer_type: str,
-        position_ids: torch.Tensor,
+        position_ids: torch.Tensor | None,
         batch: int,
         length: int,
         past_key_values: Cache | None,
         is_causal: bool,
     ) -> "Padding | None":
         """What kernel layers need to know of any mask that transformers passes: None, 2D, 4D or a dict of those by layer
-        type. Raises `ValueError` for masks of another shape or purpose, and for positions that do not count tokens."""
+        type. Raises `ValueError` for masks of another shape or purpose, and for positions, if given, that do not count tokens."""
         if isinstance(attention_mask, dict) and layer_type not in attention_mask:
             raise ValueError(f"attention_mask has keys {sorted(attention_mask)}; {layer_type!r} must be one of them")
         mask = attention_mask[layer_type] if isinstance(attention_mask, dict) else attention_mask
@@ -74,14 +74,19 @@ class Padding(NamedTuple):
             )
         if mask is not None:
             mask = mask[:, -length:]
-        if not compiling and length > 1:
+        if position_ids is not None and length > 1 and _is_readable(position_ids):
             _check_positions(position_ids, mask)
-        if mask is not None and not compiling:
+        if mask is not None and _is_readable(mask):
             is_first = past_key_values is None and is_causal
             if bool(((mask != 0) if not is_first else (mask[:, :-1] >= mask[:, 1:])).all()):
                 # Nothing padded, or only behind the text, where no earlier token looks.
                 mask = None
         return None if mask is None else cls.from_mask(mask)
+
+
+def _is_readable(tensor: torch.Tensor) -> bool:
+    """Whether its numbers may decide what is done: not while tracing, and on the meta device there are none."""
+    return not (torch.compiler.is_compiling() or tensor.is_meta)
 
 
 def _padding_of_4d_mask(mask: torch.Tensor, length: int, is_causal: bool) -> torch.Tensor:
@@ -95,7 +100,7 @@ def _padding_of_4d_mask(mask: torch.Tensor, length: int, is_causal: bool) -> tor
         )
     # Rows of padding queries say nothing, whatever they hold.
     matters = real[..., -length:].transpose(-1, -2)
-    if not torch.compiler.is_compiling() and bool(((visible != allowed) & matters).any()):
+    if _is_readable(mask) and bool(((visible != allowed) & matters).any()):
         raise ValueError(
             f"attention_mask of shape {tuple(mask.shape)} hides more than padding and the future, which kernel layers cannot "
             "follow; allowed are masks of shape (batch, past + seq)"

@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from .kernel_attention import whole_blocks
+
 
 class Sinks(NamedTuple):
     """logits (batch, heads, seq, sinks), -inf where a query does not see a sink here, because it has not come yet or
@@ -103,8 +105,10 @@ def window_blocked(
     dtype = torch.promote_types(query.dtype, torch.float32)
     # There is nothing before slot 0, also for rows whose first token has left.
     first_real = first_real.clamp(min=0) if isinstance(first_real, torch.Tensor) else max(first_real, 0)
-    block = min(length, block_size(window_size))
-    blocks = -(-length // block)
+    block = block_size(window_size)
+    if length < block:
+        block = length
+    blocks = whole_blocks(length, block)
     behind = -(-(window_size - 1) // block)
     span = behind + 1 if is_causal else 2 * behind + 1
     # Slots are counted from the first one that the first block of queries can see.
@@ -308,8 +312,10 @@ def _softmax_attention(
     length, slots = query.shape[2], key.shape[2]
     dtype = torch.promote_types(query.dtype, key.dtype)
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    if length == 1:
+        is_causal = False  # the newest token sees everything
     mask, simple = None, isinstance(first_real, int) and first_real <= 0
-    if not simple or (is_causal and 1 < length < slots):
+    if not simple or (is_causal and length < slots):
         key_slots = torch.arange(slots, device=query.device)
         mask = ~_hidden(key_slots[slots - length :], key_slots, slots, first_real, is_causal)[:, None]
     return F.scaled_dot_product_attention(
@@ -318,7 +324,7 @@ def _softmax_attention(
         value,
         attn_mask=mask,
         dropout_p=dropout,
-        is_causal=is_causal and mask is None and length > 1,
+        is_causal=is_causal and mask is None,
         scale=1.0,
         enable_gqa=query.shape[1] != key.shape[1],
     )
@@ -354,8 +360,9 @@ def _pad_slots(tensor: torch.Tensor, start: int, end: int) -> torch.Tensor:
 
 def _query_blocks(tensor: torch.Tensor, kv_heads: int, block: int) -> torch.Tensor:
     """(batch, heads, seq, dim) -> (batch, kv_heads, blocks, groups * block, dim)"""
-    tensor = pad_zeros(tensor, (0, 0, 0, -tensor.shape[2] % block))
-    tensor = tensor.unflatten(2, (-1, block)).unflatten(1, (kv_heads, -1))
+    blocks = whole_blocks(tensor.shape[2], block)
+    tensor = pad_zeros(tensor, (0, 0, 0, blocks * block - tensor.shape[2]))
+    tensor = tensor.unflatten(2, (blocks, block)).unflatten(1, (kv_heads, -1))
     return tensor.transpose(2, 3).flatten(3, 4)
 
 

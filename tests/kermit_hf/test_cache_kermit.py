@@ -155,6 +155,23 @@ class TestPieces:
             )
             assert int(static.get_seq_length()) == dynamic.get_seq_length() == 40
 
+    @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+    @pytest.mark.parametrize("setting", PURE_KERNEL)
+    def test_a_static_cache_has_no_end(self, setting, implementation):
+        """Its buffers hold the window, whatever length it was made for."""
+        model, input_ids = tiny_model(setting, implementation=implementation), tokens(2, 40)
+        static = StaticCache(config=model.config, max_cache_len=3)
+        expected = model(input_ids, use_cache=False).logits
+        torch.testing.assert_close(feed(model, static, input_ids, [2, 1, 20, 1, 16]), expected, **CLOSE)
+
+    @pytest.mark.parametrize("setting", ["delta", "delta_pure", "hybrid"])
+    def test_a_cache_made_without_config(self, setting):
+        model, input_ids = tiny_model(setting), tokens(2, 30)
+        cache = DynamicCache()
+        expected = model(input_ids, use_cache=False).logits
+        torch.testing.assert_close(feed(model, cache, input_ids, [10, 1, 19]), expected, **CLOSE)
+        assert cache.get_seq_length() == 30
+
     @pytest.mark.parametrize("setting", ["delta", "delta_pure", "additive", "additive_pure"])
     def test_static_with_holes(self, setting):
         model = tiny_model(setting)
@@ -530,6 +547,13 @@ class TestOffloading:
         )
 
 
+def filled_by_another_model() -> DynamicCache:
+    cache = DynamicCache()
+    for layer in range(2):
+        cache.update(torch.zeros(1, 2, 4, 8), torch.zeros(1, 2, 4, 8), layer)
+    return cache
+
+
 class TestRefusals:
     """The cache of another model or batch size: `ValueError`, and the cache of this model still works after it."""
 
@@ -581,7 +605,7 @@ class TestRefusals:
     def test_a_cache_that_is_not_ours(self, setting):
         model = tiny_model(setting)
         foreign = [
-            DynamicCache(),
+            filled_by_another_model(),
             DynamicCache(config=tiny_config(setting, layer_types=[FULL] * model.config.num_hidden_layers)),
         ]
         for cache in foreign:

@@ -342,6 +342,14 @@ class TestAssistedGeneration:
         expected = generate(model, prompt, **options)
         assert torch.equal(generate(model, prompt, assistant_model=assistant, **options), expected)
 
+    @pytest.mark.parametrize("setting", ["delta", "delta_pure", "additive", "hybrid", "hybrid_softmax_first"])
+    def test_early_exit_gives_the_greedy_text(self, setting):
+        """The model's own first layers as assistant."""
+        model, prompt = tiny_model(setting), tokens(1, PROMPT)
+        options = {"max_new_tokens": 40, "suppress_tokens": [PAD]}
+        expected = generate(model, prompt, **options)
+        assert torch.equal(generate(model, prompt, assistant_early_exit=1, **options), expected)
+
     @pytest.mark.parametrize("setting", ["delta", "additive"])
     def test_assisted_sampling_runs(self, setting):
         model, assistant = tiny_model(setting), tiny_model(setting)

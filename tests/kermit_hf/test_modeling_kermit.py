@@ -1,5 +1,6 @@
 """The model and its heads: causality, padding, pooling, bad input, saving and loading, precision."""
 
+import inspect
 import json
 import re
 
@@ -335,6 +336,7 @@ class TestBadConfig:
             ("vocab_size", 0, "from 1"),
             ("num_hidden_layers", 0, "from 1"),
             ("hidden_size", 30, "num_attention_heads=4"),
+            ("hidden_act", "siluu", "silu"),
         ],
     )
     def test_names_field_value_and_what_is_allowed(self, field, value, allowed):
@@ -579,6 +581,44 @@ class TestSavingAndLoading:
             KermitForCausalLM.from_pretrained(tmp_path)
         assert "encoder.layer.0" in str(error.value)
 
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"window_size": 1}, "num_sink_tokens=2 exceeds window_size=1"),
+            ({"window_size": -4}, "window_size=-4"),
+            ({"update_rule": "additive"}, "feature_map='silu_l2'"),
+            ({"feature_map": "sine"}, "feature_map='sine'"),
+            ({"layer_types": [KERNEL, "mamba"]}, "mamba"),
+        ],
+    )
+    def test_changes_that_do_not_fit(self, changes, message, tmp_path):
+        """Said while loading, not at the first step or the next save."""
+        tiny_model("delta").save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match=re.escape(message)):
+            KermitForCausalLM.from_pretrained(tmp_path, **changes)
+
+    @pytest.mark.parametrize("setting", ["delta", "hybrid"])
+    def test_fewer_layers(self, setting, tmp_path):
+        """The first ones, as for any model of transformers; the config then says so."""
+        model = tiny_model(setting)
+        model.save_pretrained(tmp_path / "whole")
+        shorter = KermitForCausalLM.from_pretrained(tmp_path / "whole", num_hidden_layers=1)
+        assert shorter.config.layer_types == [KERNEL]
+        shorter.save_pretrained(tmp_path / "shorter")
+        input_ids = tokens(1, 20)
+        del model.model.layers[1:]
+        model.config.num_hidden_layers = 1
+        logits = KermitForCausalLM.from_pretrained(tmp_path / "shorter")(input_ids).logits
+        assert torch.equal(logits, model(input_ids).logits)
+
+    def test_more_layers_of_the_same_kind(self, tmp_path):
+        tiny_config("delta").save_pretrained(tmp_path)
+        config = KermitConfig.from_pretrained(tmp_path, num_hidden_layers=3)
+        assert torch.isfinite(KermitForCausalLM(config)(tokens(1, 12)).logits).all()
+        with pytest.raises(ValueError, match=r"layers\.2\..*conversion_scripts"):
+            tiny_model("delta").save_pretrained(tmp_path)
+            KermitForCausalLM.from_pretrained(tmp_path, num_hidden_layers=3)
+
     def test_a_checkpoint_of_another_size(self, tmp_path):
         tiny_model().save_pretrained(tmp_path)
         # The report that transformers logs before it raises names the keys.
@@ -663,6 +703,13 @@ class TestPrecision:
             assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
 
 
+@pytest.mark.parametrize("head", HEADS)
+def test_arguments_come_in_the_order_of_llamas(head):
+    theirs = getattr(transformers.models.llama.modeling_llama, HEADS[head].__name__.replace("Kermit", "Llama"))
+    names = [[*inspect.signature(model.forward).parameters] for model in (HEADS[head], theirs)]
+    assert [name for name in names[1] if name in names[0]] == names[0]
+
+
 @pytest.mark.parametrize("setting", ["delta", "delta_pure", "additive_favor"])
 def test_an_exported_model_computes_the_same(setting):
     """Also with gradients, where nobody may write to one of several views of a tensor."""
@@ -670,6 +717,46 @@ def test_an_exported_model_computes_the_same(setting):
     exported = torch.export.export(model, (input_ids,), kwargs={"use_cache": False}, strict=False).module()
     logits, expected = exported(input_ids, use_cache=False).logits, model(input_ids).logits
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("setting", ["delta", "additive", "delta_longer_than_text", "hybrid"])
+def test_one_graph_serves_lengths_of_as_many_blocks(setting):
+    """Its sizes follow from numbers of blocks; written with the length alone, sympy took minutes over them."""
+    sizes = []
+
+    def note_sizes(graph, _):
+        for node in graph.graph.nodes:
+            tensor = node.meta.get("example_value")
+            sizes.extend(map(str, tensor.shape) if isinstance(tensor, torch.Tensor) else ())
+        return graph.forward
+
+    torch._dynamo.reset()
+    model = tiny_model(setting)
+    compiled = torch.compile(model, backend=note_sizes, dynamic=True, fullgraph=True)
+    for length in (100, 118):
+        input_ids = tokens(1, length)
+        with torch.no_grad():
+            logits = compiled(input_ids, use_cache=False).logits
+            torch.testing.assert_close(logits, model(input_ids, use_cache=False).logits, atol=1e-4, rtol=1e-4)
+        count = len(sizes)
+        assert count > 100
+        assert max(map(len, sizes)) < 40, max(sizes, key=len)
+    assert len(sizes) == count
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("setting", ["delta", "delta_pure", "additive_favor"])
+@pytest.mark.parametrize("head", HEADS.values())
+def test_shapes_on_the_meta_device(head, setting, padded):
+    with torch.device("meta"):
+        model, input_ids = head(tiny_config(setting)), torch.zeros(2, 30, dtype=torch.long)
+    mask = torch.ones_like(input_ids) if padded else None
+    output = model(input_ids, attention_mask=mask)
+    assert first_tensor(output).shape == first_tensor(tiny_model(setting, head)(tokens(2, 30))).shape
+    first_tensor(output).sum().backward()
+    if head is KermitForCausalLM:
+        cache = output.past_key_values
+        assert model(input_ids[:, :1], past_key_values=cache).logits.shape == (2, 1, VOCABULARY)
 
 
 def _end_of_entry(item: tuple[str, dict]) -> int:
