@@ -3,6 +3,7 @@
 import torch
 
 from .cpu_kernels import contiguous_rows, load_cpu_kernels
+from .functions import first_derivative_only
 from .kernel_attention import KernelMemory, KernelReadout, empty_memory
 
 
@@ -61,7 +62,7 @@ class _AdditiveFused(torch.autograd.Function):
         return numerator, denominator, *last
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_derivative_only
     def backward(ctx, grad_numerator, grad_denominator, grad_matrix, grad_normalizer):
         saved = ctx.saved_tensors
         shape = ctx.memory_shape

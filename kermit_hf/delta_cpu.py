@@ -4,6 +4,7 @@ passes over memory. See delta_cpu.cpp."""
 import torch
 
 from .cpu_kernels import contiguous_rows, load_cpu_kernels
+from .functions import first_derivative_only
 from .kernel_attention import KernelMemory, KernelReadout
 
 
@@ -53,7 +54,7 @@ class _DeltaFused(torch.autograd.Function):
         return numerator, last
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_derivative_only
     def backward(ctx, grad_numerator, grad_matrix):
         *grads, grad_log_forget, grad_first = load_cpu_kernels("kermit_hf").delta_backward(
             *ctx.saved_tensors, contiguous_rows(grad_numerator), grad_matrix.contiguous(), ctx.maps
@@ -82,7 +83,7 @@ class _RmsNormFused(torch.autograd.Function):
         return result
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_derivative_only
     def backward(ctx, grad):
         grads = load_cpu_kernels("kermit_hf").rms_norm_backward(*ctx.saved_tensors, contiguous_rows(grad), ctx.eps)
         return *grads, None

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from .backends import Kernel, find_kernel, find_step_kernel
-from .functions import apply_function
+from .functions import apply_function, first_derivative_only
 from .kernel_attention import (
     KernelMemory,
     KernelReadout,
@@ -174,7 +174,7 @@ class _TakePart(torch.autograd.Function):
         return tensor[:, :, start:end], tensor.view_as(tensor)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_derivative_only
     def backward(ctx, grad_part, grad):
         if grad is None and grad_part is not None:
             grad = grad_part.new_zeros(ctx.shape)

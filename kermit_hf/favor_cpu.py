@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from .cpu_kernels import contiguous_rows, load_cpu_kernels
+from .functions import first_derivative_only
 
 
 # Rows are padded to whole vectors, of at most this many numbers.
@@ -39,7 +40,7 @@ class _FavorFeatures(torch.autograd.Function):
         return features, log_scale
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_derivative_only
     def backward(ctx, grad_features, grad_log_scale):
         states, directions, features = ctx.saved_tensors
         grad = load_cpu_kernels("kermit_hf").favor_backward(

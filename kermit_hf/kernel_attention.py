@@ -24,6 +24,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from .functions import first_derivative_only
+
 
 # Decays smaller than exp(-40) are dropped: products of two would be denormal numbers, which CPUs process ~100x slower.
 MIN_LOG_DECAY = -40.0
@@ -183,7 +185,7 @@ class _AdditiveChunks(torch.autograd.Function):
         return numerator, denominator, last_matrix, last_normalizer
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_derivative_only
     def backward(ctx, grad_numerator, grad_denominator, grad_matrix, grad_normalizer):
         queries, key, value, weights, matrices, normalizers = ctx.saved_tensors
         grad_weights = _mask_future((grad_numerator @ value.mT).add_(grad_denominator), key.shape[-2])
@@ -276,7 +278,7 @@ class _DeltaChunks(torch.autograd.Function):
         return _sum_of_products(weights, written, _decay_rows(queries, decay_in), matrices), matrix
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_derivative_only
     def backward(ctx, grad_numerator, grad_matrix):
         saved = ctx.saved_tensors
         queries, key, value, write_strength, log_forget, decay, decay_in, decay_out, decay_all = saved[:9]

@@ -22,6 +22,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from .functions import first_derivative_only
 from .kernel_attention import KernelMemory, KernelReadout, chunk_decays, cumulative_log_decay
 from .triton_tiles import dot, load, padded, store, tile_dtype, tl, triton
 
@@ -142,7 +143,7 @@ class _TaylorChunks(torch.autograd.Function):
         return numerator, denominator, last_matrix, last_normalizer
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_derivative_only
     def backward(ctx, grad_numerator, grad_denominator, grad_matrix, grad_normalizer):
         query, key, value, matrices, normalizers, last_matrix, last_normalizer, *gates = ctx.saved_tensors
         gates, chunk_size = Gates(*gates), ctx.chunk_size

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from .functions import first_derivative_only
 from .kernel_attention import whole_blocks
 
 
@@ -217,7 +218,7 @@ class _MergeFlash(torch.autograd.Function):
         return output
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_derivative_only
     def backward(ctx, grad):
         grad = grad.contiguous()
         queries, keys, values, bias, sink_logits, sink_values, far_logit, far_value, output, total = ctx.saved_tensors

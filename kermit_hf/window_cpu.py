@@ -5,6 +5,7 @@ and `window_blocked` without their passes over memory. See window_cpu.cpp; the g
 import torch
 
 from .cpu_kernels import contiguous_rows, load_cpu_kernels
+from .functions import first_derivative_only
 from .window_attention import FarField
 
 
@@ -54,7 +55,7 @@ class _FusedWindow(torch.autograd.Function):
         return output
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_derivative_only
     def backward(ctx, grad):
         kernels = load_cpu_kernels("kermit_hf")
         grads = kernels.window_backward(*ctx.saved_tensors, contiguous_rows(grad), *ctx.numbers)

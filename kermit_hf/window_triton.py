@@ -7,6 +7,7 @@ exponentials is kept; backwards it gives back each weight, e^{s - total}.
 
 import torch
 
+from .functions import first_derivative_only
 from .triton_tiles import dot, load, padded, store, take_up, tile_dtype, tl, triton
 from .window_attention import FarField, Sinks, WindowOutput, window_blocked
 
@@ -59,7 +60,7 @@ class _MergedWindow(torch.autograd.Function):
         return output
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_derivative_only
     def backward(ctx, grad):
         query, key, value, sink_logits, sink_values, far_value, far_logit, first_real, output, total = ctx.saved_tensors
         grad = grad.contiguous()

@@ -36,6 +36,7 @@ def test_results_are_those_of_apply(name, monkeypatch):
     expected = as_tuple(apply_function(function, states, *others))
     assert all(result.grad_fn is not None for result in expected)
     assert torch.autograd.gradcheck(lambda inputs: apply_function(function, inputs, *others), states)
+    assert torch.autograd.gradgradcheck(lambda inputs: apply_function(function, inputs, *others), states)
 
     monkeypatch.setattr(function, "apply", lambda *inputs: pytest.fail("apply is not needed here"))
     for mode in (torch.no_grad, torch.inference_mode):

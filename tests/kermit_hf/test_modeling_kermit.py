@@ -703,6 +703,27 @@ class TestPrecision:
             assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
 
 
+@pytest.mark.parametrize("setting", ["delta", "delta_pure", "additive", "additive_pure"])
+def test_second_derivatives(setting):
+    """The eager form has them, the others say that they have none; torch alone would leave their part out and say nothing."""
+    model = tiny_model(setting, implementation="eager")
+    states = model.get_input_embeddings()(tokens(1, 20)).detach().double().requires_grad_()
+    direction = torch.randn_like(states)
+    model.double()
+
+    def gradient(states, **options):
+        logits = model(inputs_embeds=states, use_cache=False).logits
+        return torch.autograd.grad(logits.square().sum(), states, **options)[0]
+
+    (product,) = torch.autograd.grad((gradient(states, create_graph=True) * direction).sum(), states)
+    step = 1e-3  # the norms of transformers calculate in float32
+    difference = gradient(states + step * direction) - gradient(states - step * direction)
+    torch.testing.assert_close(product, difference / (2 * step), atol=0.02 * float(product.abs().max()), rtol=0)
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(RuntimeError, match=r"create_graph=True.*eager"):
+        gradient(states, create_graph=True)
+
+
 @pytest.mark.parametrize("head", HEADS)
 def test_arguments_come_in_the_order_of_llamas(head):
     theirs = getattr(transformers.models.llama.modeling_llama, HEADS[head].__name__.replace("Kermit", "Llama"))
