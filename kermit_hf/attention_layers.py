@@ -16,6 +16,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import maybe_autocast
 
+from .backends import find_layer_step
 from .configuration_kermit import KermitConfig
 from .depthwise_conv import depthwise_conv
 from .feature_maps import FEATURE_MAPS
@@ -137,6 +138,10 @@ class KermitKernelAttention(KermitSoftmaxAttention):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         padding, length = attention_mask, hidden_states.shape[1]
         cache = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+        if length == 1 and cache is not None and padding is None and not past_key_values.offloading:
+            output = self._step(hidden_states, position_embeddings, cache)
+            if output is not None:
+                return self.o_proj(output), None
         if padding is not None:
             hidden_states = padding.align(hidden_states)
         query, key, value = self.split_heads(*self._project(hidden_states, padding, cache))
@@ -189,6 +194,46 @@ class KermitKernelAttention(KermitSoftmaxAttention):
         if self.training and slots.keys.shape[2] <= self.config.window_size + self.config.num_sink_tokens:
             output = output + self._unreached()
         return self.o_proj(output.to(hidden_states.dtype).transpose(1, 2).flatten(2)), weights
+
+    def _step(
+        self, hidden_states: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor] | None, cache
+    ) -> torch.Tensor | None:
+        """What goes into the output projection for one token, (batch, 1, heads * head_dim), where a backend computes it in one call, as
+        for a cache that is steady; None elsewhere."""
+        config = self.config
+        state = cache.steady_state(hidden_states.shape[0], config.num_key_value_heads, self.head_dim)
+        if state is None or config.update_rule != "delta" or config._attn_implementation == "eager":
+            return None
+        if self.training and self.attention_dropout > 0.0:
+            return None
+        query_norm, key_norm = (self.q_norm, self.k_norm) if config.use_qk_norm else (None, None)
+        weights = {
+            "conv_weight": self.conv_weight if config.conv_kernel_size else None,
+            "query_norm": None if query_norm is None else query_norm.weight,
+            "key_norm": None if key_norm is None else key_norm.weight,
+            "far_query": self.far_query,
+            "far_bias": self.far_bias,
+            "far_norm": self.far_norm.weight,
+        }
+        norms = [norm for norm in (query_norm, key_norm, self.far_norm) if norm is not None]
+        states = hidden_states, *weights.values(), *state.values()
+        step = find_layer_step(config.update_rule, self.feature_map, norms, *states)
+        if step is None or (state["conv_tail"] is not None and state["conv_tail"].shape[1] != len(self.conv_weight)):
+            return None
+        output, state = step(
+            self.q_proj(hidden_states),
+            self.k_proj(hidden_states),
+            self.v_proj(hidden_states),
+            self.write_proj(hidden_states),
+            self.forget_proj(hidden_states) if config.forget_gate else None,
+            state,
+            weights,
+            rotary,
+            self.far_norm.variance_epsilon,
+            self.scaling,
+        )
+        cache.advance(**state)
+        return output
 
     def _unreached(self) -> torch.Tensor:
         """Zero, made from the far field's parameters: a text no longer than window and sinks does not reach them, but

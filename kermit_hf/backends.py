@@ -104,6 +104,27 @@ def find_window_step(query: torch.Tensor, *others: torch.Tensor) -> Callable[...
     return None
 
 
+def find_layer_step(
+    update_rule: str, feature_map: FeatureMap, norms: list[Callable], *states: torch.Tensor | None
+) -> Callable | None:
+    """What to run between the projections of a layer for a token whose window is full; None where there is nothing: it has the delta
+    rule with "silu_l2", gives no gradients and calls no hooks of norms. states: and weights, the first one not None.
+
+    Raises `ValueError` if the chosen backend cannot run on their device.
+    """
+    if update_rule != "delta" or type(feature_map) is not SiluL2FeatureMap or not feature_map.unit_norm:
+        return None
+    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or not CHOICE.serves("cpp", states[0]):
+        return None
+    if not takes_cpu_tensors(*(tensor for tensor in states if tensor is not None)):
+        return None
+    if any(type(norm) is not LlamaRMSNorm or _is_hooked(norm) for norm in norms):
+        return None
+    from .step_cpu import delta_layer_step_fused
+
+    return delta_layer_step_fused
+
+
 def find_kernel(
     update_rule: str,
     map_queries: Callable,

@@ -124,6 +124,48 @@ class KermitCacheLayer(CacheLayerMixin):
         if self.is_offloaded:
             self.offload()
 
+    def steady_state(self, batch: int, kv_heads: int, head_dim: int) -> dict[str, torch.Tensor | None] | None:
+        """What one more token reads, and `advance` takes, of a layer of these sizes after any long text: every row has its window full
+        and all sinks behind it, and nothing may have to be rolled back. None in any other state."""
+        if self.memory is None or self.window_size == 0 or self.record_past or self.is_offloaded or self.is_compileable:
+            return None
+        if self.keys.shape != (batch, kv_heads, self.window_size, head_dim):
+            return None
+        num_real, num_sinks = self.cumulative_length, self.sink_keys.shape[2]
+        if self.num_real is not None:
+            if int(self.num_filled.min()) < self.window_size:
+                return None
+            num_real = int(self.num_real.min())
+        if num_real < self.window_size + num_sinks:
+            return None
+        return {
+            "keys": self.keys,
+            "values": self.values,
+            "write_strength": None,
+            "log_forget": None,
+            **self.gates,
+            "sink_keys": self.sink_keys,
+            "sink_values": self.sink_values,
+            "matrix": self.memory.matrix,
+            "conv_tail": self.conv_tail,
+        }
+
+    def advance(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        matrix: torch.Tensor,
+        conv_tail: torch.Tensor | None,
+        **gates: torch.Tensor | None,
+    ) -> None:
+        """Takes the `steady_state` of one token later."""
+        self.keys, self.values, self.conv_tail = keys, values, conv_tail
+        self.gates = {name: gates[name] for name in self.gates}
+        self.memory = KernelMemory(matrix)
+        self.cumulative_length += 1
+        if self.num_real is not None:
+            self.num_real = self.num_real + 1
+
     def num_slots(self, length: int, window_size: int) -> int:
         """How many slots `length` new tokens will be read with."""
         return length + (self.keys.shape[2] if self.is_initialized else 0)

@@ -52,6 +52,8 @@ struct Tokens {
 struct Sizes {
   int64_t batch, heads, kv_heads, width, dim;
 
+  Sizes(int64_t batch, int64_t heads, int64_t kv_heads, int64_t width, int64_t dim)
+      : batch(batch), heads(heads), kv_heads(kv_heads), width(width), dim(dim) {}
   Sizes(const at::Tensor& query, const at::Tensor& value)
       : batch(query.size(0)), heads(query.size(1)), kv_heads(value.size(1)), width(query.size(3)), dim(value.size(3)) {}
   int64_t groups() const { return heads / kv_heads; }
@@ -107,19 +109,27 @@ inline float exponentials(int64_t width, float largest, float* row) {
   return sum_of(sum);
 }
 
+inline float decay_of_log(float log_decay) { return log_decay < MIN_LOG_DECAY ? 0.0f : std::exp(log_decay); }
+
 inline float decay_of(const Tokens& log_forget, int64_t batch, int64_t head) {
-  if (!log_forget) return 1.0f;
-  const float log_decay = *log_forget.at(batch, head);
-  return log_decay < MIN_LOG_DECAY ? 0.0f : std::exp(log_decay);
+  return log_forget ? decay_of_log(*log_forget.at(batch, head)) : 1.0f;
 }
 
 // Near field.
 
 struct Near {
-  Tokens keys, values, sink_keys, sink_values, far_values, far_logits;
+  Tokens keys, values, sink_keys, sink_values;
   int64_t slots, first, num_sinks;  // the window starts at `first`
   const float *cos, *sin;
   int64_t cos_row, sin_row;
+
+  int64_t num_keys() const { return num_sinks + slots - first; }
+};
+
+// What one query reads of the far field; no value if there is nothing.
+struct Far {
+  const float* value = nullptr;
+  float logit = 0.0f;
 };
 
 // The softmax of one query over `num_sinks` sinks, of which it sees `seen`, the slots from `first_key` on, and the far
@@ -127,14 +137,10 @@ struct Near {
 class Query {
  public:
   Query(const Near& near, int64_t width, int64_t dim)
-      : near_(near),
-        width_(width),
-        dim_(dim),
-        scores_(round_up(near.num_sinks + near.slots - near.first + 1)),
-        turned_(width) {}
+      : near_(near), width_(width), dim_(dim), scores_(round_up(near.num_keys() + 1)), turned_(width) {}
 
-  void run(int64_t batch, int64_t head, int64_t kv_head, const float* keys, int64_t seen, int64_t first_key,
-           const float* query, float scaling, float* output) {
+  void run(int64_t batch, int64_t kv_head, const float* keys, int64_t seen, int64_t first_key, const float* query,
+           float scaling, const Far& far, float* output) {
     const int64_t newest = near_.slots - 1, count = near_.slots - first_key;
     turn(width_ / 2, query, near_.cos + newest * near_.cos_row, near_.sin + newest * near_.sin_row, scaling, turned_);
     float* score = scores_;
@@ -142,7 +148,7 @@ class Query {
     for (int64_t i = 0; i < seen; i++) *score++ = dot(width_, turned_, keys + i * width_);
     keys += (near_.num_sinks + first_key - near_.first) * width_;
     for (int64_t i = 0; i < count; i++) *score++ = dot(width_, turned_, keys + i * width_);
-    if (near_.far_logits) *score++ = *near_.far_logits.at(batch, head);
+    if (far.value) *score++ = far.logit;
     const int64_t all = score - scores_, padded = round_up(all);
     const float largest = *std::max_element(scores_ + 0, scores_ + all);
     std::fill(score, scores_ + padded, -std::numeric_limits<float>::infinity());
@@ -154,7 +160,7 @@ class Query {
       add_scaled(dim_, share * *weight++, near_.sink_values.at(batch, kv_head, i), output);
     for (int64_t i = first_key; i < near_.slots; i++)
       add_scaled(dim_, share * *weight++, near_.values.at(batch, kv_head, i), output);
-    if (near_.far_logits) add_scaled(dim_, share * *weight, near_.far_values.at(batch, head), output);
+    if (far.value) add_scaled(dim_, share * *weight, far.value, output);
   }
 
  private:
@@ -162,6 +168,28 @@ class Query {
   int64_t width_, dim_;
   Scratch scores_, turned_;
 };
+
+// The near field of the query heads of one key/value head, of which the window begins with slot `first_key` and `seen`
+// sinks lie behind it. query_of(j), far_of(j) and output_of(j) are those of its query head j.
+template <class QueryOf, class FarOf, class OutputOf>
+void attend_near(const Near& near, const Sizes& sizes, int64_t batch, int64_t kv_head, int64_t first_key, int64_t seen,
+                 float scaling, const QueryOf& query_of, const FarOf& far_of, const OutputOf& output_of) {
+  const int64_t width = sizes.width;
+  Scratch keys(near.num_keys() * width);
+  float* to = keys;
+  const auto turn_key = [&](const float* from, int64_t slot) {
+    turn(width / 2, from, near.cos + slot * near.cos_row, near.sin + slot * near.sin_row, 1.0f, to);
+    to += width;
+  };
+  // Sink k is turned as if it were in slot i - W + k, where i is the query's.
+  const int64_t window = near.slots - near.first;
+  for (int64_t i = 0; i < near.num_sinks; i++)
+    turn_key(near.sink_keys.at(batch, kv_head, i), near.slots - 1 - window + i);
+  for (int64_t i = near.first; i < near.slots; i++) turn_key(near.keys.at(batch, kv_head, i), i);
+  Query one(near, width, sizes.dim);
+  for (int64_t j = 0; j < sizes.groups(); j++)
+    one.run(batch, kv_head, keys, seen, first_key, query_of(j), scaling, far_of(j), output_of(j));
+}
 
 // Rows before first_real are padding, which only the newest token, if it is padding itself, sees of itself. first_reals
 // has one for each text, or is absent where `first_real` is that of all.
@@ -175,8 +203,6 @@ at::Tensor window_step(const at::Tensor& query, const at::Tensor& key, const at:
                   Tokens(value),
                   Tokens(sink_key),
                   Tokens(sink_value),
-                  Tokens(far_value),
-                  Tokens(far_logit),
                   slots,
                   first,
                   sink_key ? sink_key->size(2) : 0,
@@ -184,29 +210,22 @@ at::Tensor window_step(const at::Tensor& query, const at::Tensor& key, const at:
                   sin.const_data_ptr<float>(),
                   cos.stride(0),
                   sin.stride(0)};
-  const Tokens queries(query);
+  const Tokens queries(query), far_values(far_value), far_logits(far_logit);
   const int64_t* rows = first_reals ? first_reals->const_data_ptr<int64_t>() : nullptr;
   at::Tensor output = at::empty({sizes.batch, sizes.heads, 1, sizes.dim}, query.options());
   float* outputs = output.mutable_data_ptr<float>();
-  const int64_t width = sizes.width, num_keys = near.num_sinks + slots - first;
-  for_heads(sizes, num_keys * (width + sizes.dim), [&](int64_t batch, int64_t kv_head) {
-    const int64_t real = rows ? rows[batch] : first_real;
+  for_heads(sizes, near.num_keys() * (sizes.width + sizes.dim), [&](int64_t batch, int64_t kv_head) {
+    const int64_t real = rows ? rows[batch] : first_real, head = kv_head * sizes.groups();
     const int64_t first_key = std::min(std::max(first, real), slots - 1);
     // The first tokens are seen as sinks once they have left the window.
     const int64_t seen = std::min(std::max<int64_t>(slots - window - real, 0), near.num_sinks);
-    Scratch keys(num_keys * width);
-    float* to = keys;
-    const auto turn_key = [&](const float* from, int64_t slot) {
-      turn(width / 2, from, near.cos + slot * near.cos_row, near.sin + slot * near.sin_row, 1.0f, to);
-      to += width;
-    };
-    // Sink k is turned as if it were in slot i - W + k, where i is the query's.
-    for (int64_t i = 0; i < near.num_sinks; i++) turn_key(near.sink_keys.at(batch, kv_head, i), slots - 1 - window + i);
-    for (int64_t i = first; i < slots; i++) turn_key(near.keys.at(batch, kv_head, i), i);
-    Query one(near, width, sizes.dim);
-    for (int64_t head = kv_head * sizes.groups(); head < (kv_head + 1) * sizes.groups(); head++)
-      one.run(batch, head, kv_head, keys, seen, first_key, queries.at(batch, head), static_cast<float>(scaling),
-              outputs + (batch * sizes.heads + head) * sizes.dim);
+    attend_near(
+        near, sizes, batch, kv_head, first_key, seen, static_cast<float>(scaling),
+        [&](int64_t j) { return queries.at(batch, head + j); },
+        [&](int64_t j) {
+          return far_logits ? Far{far_values.at(batch, head + j), *far_logits.at(batch, head + j)} : Far{};
+        },
+        [&](int64_t j) { return outputs + (batch * sizes.heads + head + j) * sizes.dim; });
   });
   return output;
 }
@@ -243,6 +262,14 @@ void write_and_read(const Sizes& sizes, float decay, const float* key, const flo
   }
 }
 
+// What the delta rule writes: what the key recalls of the matrix (width, dim) is replaced, as far as the strength goes.
+void replace(int64_t width, int64_t dim, float strength, float decay, const float* key, const float* value,
+             const float* matrix, float* written) {
+  std::fill(written, written + dim, 0.0f);
+  for (int64_t i = 0; i < width; i++) add_scaled(dim, key[i], matrix + i * dim, written);
+  for (int64_t i = 0; i < dim; i++) written[i] = strength * (value[i] - decay * written[i]);
+}
+
 // The features of the queries of a head, (groups, width).
 template <class Map>
 void map_queries(const Sizes& sizes, const Tokens& queries, int64_t batch, int64_t kv_head, bool maps, const Map& map,
@@ -276,12 +303,9 @@ std::tuple<at::Tensor, at::Tensor> delta_step(const at::Tensor& query, const at:
     }
     map_queries(sizes, queries, batch, kv_head, maps, map_silu_l2, mapped);
     const float decay = decay_of(forget, batch, kv_head), strength = *strengths.at(batch, kv_head);
-    // What the key recalls is replaced, as far as the strength goes.
-    std::fill(written + 0, written + dim, 0.0f);
-    for (int64_t i = 0; i < width; i++) add_scaled(dim, own_key[i], old + (index * width + i) * dim, written);
-    const float* own_value = values.at(batch, kv_head);
-    for (int64_t i = 0; i < dim; i++) written[i] = strength * (own_value[i] - decay * written[i]);
-    write_and_read(sizes, decay, own_key, written, mapped, old + index * width * dim, to + index * width * dim,
+    const float *own_value = values.at(batch, kv_head), *own_matrix = old + index * width * dim;
+    replace(width, dim, strength, decay, own_key, own_value, own_matrix, written);
+    write_and_read(sizes, decay, own_key, written, mapped, own_matrix, to + index * width * dim,
                    numerators + index * groups * dim);
   });
   return {numerator, renewed};
@@ -325,6 +349,147 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> additive_step(
   return {numerator, denominator, renewed, renewed_normalizer};
 }
 
+// A layer.
+
+// Sum over the taps of a causal convolution, whose last one meets `newest`; past (channels, taps - 1) moves on by one
+// token.
+void convolve(int64_t channels, int64_t taps, const float* weight, const float* newest, const float* past,
+              float* renewed_past, float* to) {
+  for (int64_t c = 0; c < channels; c++, weight += taps, past += taps - 1, renewed_past += taps - 1) {
+    float sum = weight[taps - 1] * newest[c];
+    for (int64_t t = 0; t + 1 < taps; t++) {
+      sum += weight[t] * past[t];
+      renewed_past[t] = t + 2 < taps ? past[t + 1] : newest[c];
+    }
+    to[c] = sum;
+  }
+}
+
+// row * weight / sqrt(mean(row^2) + eps), in place
+void rms_norm(int64_t width, const float* weight, float eps, float* row) {
+  const float factor = 1.0f / std::sqrt(dot(width, row, row) / static_cast<float>(width) + eps);
+  for (int64_t i = 0; i < width; i++) row[i] *= factor * weight[i];
+}
+
+inline float sigmoid(float x) { return 1.0f / (1.0f + std::exp(-x)); }
+
+// Rows 1 ... of `from`, then `newest`.
+void append_row(int64_t rows, int64_t width, const float* from, const float* newest, float* to) {
+  std::copy(from + width, from + rows * width, to);
+  std::copy(newest, newest + width, to + (rows - 1) * width);
+}
+
+const float* data_of(const MaybeTensor& tensor) { return tensor ? tensor->const_data_ptr<float>() : nullptr; }
+
+float* new_data_of(const MaybeTensor& tensor) { return tensor ? tensor->mutable_data_ptr<float>() : nullptr; }
+
+MaybeTensor made_like(const MaybeTensor& tensor) {
+  return tensor ? MaybeTensor(at::empty_like(*tensor)) : MaybeTensor();
+}
+
+// Everything between the projections of a layer with the delta rule and "silu_l2" and its output projection, of texts
+// whose window (batch, kv_heads, window, dim) is full of real tokens and has all sinks behind it. All tensors are
+// whole.
+//
+// projected (batch, 1, channels): queries, keys and values, before the convolution (channels, 1, taps), if there is
+// one, whose past is conv_tail (batch, channels, taps - 1); write_logit, forget_logit (batch, 1, kv_heads): gates
+// before their sigmoid; write_strength, log_forget (batch, kv_heads, window): those of the window; query_norm, key_norm
+// (dim): weights, if there are any; far_query (heads, dim), far_bias (heads), far_norm (dim); cos, sin (window + 1,
+// dim).
+//
+// Returns the output (batch, 1, heads * dim), then keys, values, write_strength, matrix, log_forget and conv_tail with
+// the new token.
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, MaybeTensor, MaybeTensor> delta_layer_step(
+    const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const at::Tensor& write_logit,
+    const MaybeTensor& forget_logit, const MaybeTensor& conv_weight, const MaybeTensor& conv_tail,
+    const MaybeTensor& query_norm, const MaybeTensor& key_norm, const at::Tensor& keys, const at::Tensor& values,
+    const at::Tensor& write_strength, const MaybeTensor& log_forget, const at::Tensor& sink_keys,
+    const at::Tensor& sink_values, const at::Tensor& matrix, const at::Tensor& far_query, const at::Tensor& far_bias,
+    const at::Tensor& far_norm, const at::Tensor& cos, const at::Tensor& sin, double norm_eps, double scaling) {
+  const int64_t batch_size = keys.size(0), kv_heads = keys.size(1), window = keys.size(2), dim = keys.size(3);
+  const int64_t heads = far_bias.size(0), taps = conv_weight ? conv_weight->size(2) : 1;
+  const Sizes sizes(batch_size, heads, kv_heads, dim, dim);
+  const int64_t groups = sizes.groups(), channels = (heads + 2 * kv_heads) * dim;
+  const float eps = static_cast<float>(norm_eps), scale = static_cast<float>(scaling);
+
+  at::Tensor output = at::empty({batch_size, 1, heads * dim}, query.options());
+  at::Tensor new_keys = at::empty_like(keys), new_values = at::empty_like(values);
+  at::Tensor new_strength = at::empty_like(write_strength), new_matrix = at::empty_like(matrix);
+  const MaybeTensor new_forget = made_like(log_forget), new_tail = made_like(conv_tail);
+  float *forget_to = new_data_of(new_forget), *tail_to = new_data_of(new_tail);
+  float *outputs = output.mutable_data_ptr<float>(), *keys_to = new_keys.mutable_data_ptr<float>();
+  float *values_to = new_values.mutable_data_ptr<float>(), *strength_to = new_strength.mutable_data_ptr<float>();
+  float* matrix_to = new_matrix.mutable_data_ptr<float>();
+  const float *key_from = keys.const_data_ptr<float>(), *value_from = values.const_data_ptr<float>();
+  const float *strength_from = write_strength.const_data_ptr<float>(), *matrix_from = matrix.const_data_ptr<float>();
+  const float *forget_from = data_of(log_forget), *tail_from = data_of(conv_tail), *taps_of = data_of(conv_weight);
+  const float *queries = query.const_data_ptr<float>(), *own_keys = key.const_data_ptr<float>();
+  const float *own_values = value.const_data_ptr<float>(), *writes = write_logit.const_data_ptr<float>();
+  const float *forgets = data_of(forget_logit), *norm_of_queries = data_of(query_norm),
+              *norm_of_keys = data_of(key_norm);
+  const float *directions = far_query.const_data_ptr<float>(), *biases = far_bias.const_data_ptr<float>();
+  const float* norm_of_far = far_norm.const_data_ptr<float>();
+  // With the new token's, slots begin with the second one of `cos`.
+  const Near near{Tokens(new_keys),
+                  Tokens(new_values),
+                  Tokens(sink_keys),
+                  Tokens(sink_values),
+                  window,
+                  0,
+                  sink_keys.size(2),
+                  cos.const_data_ptr<float>() + cos.stride(0),
+                  sin.const_data_ptr<float>() + sin.stride(0),
+                  cos.stride(0),
+                  sin.stride(0)};
+  for_heads(sizes, 4 * window * dim, [&](int64_t batch, int64_t kv_head) {
+    const int64_t index = batch * kv_heads + kv_head, head = kv_head * groups, row = window * dim;
+    Scratch own((groups + 2) * dim), mapped((groups + 1) * dim), written(dim), far_values(groups * dim);
+    float *own_key = own + groups * dim, *own_value = own_key + dim, *far_key = mapped + groups * dim;
+
+    const auto take = [&](int64_t count, const float* from, int64_t channel, float* to) {
+      if (!taps_of) return void(std::copy(from, from + count, to));
+      const int64_t place = (batch * channels + channel) * (taps - 1);
+      convolve(count, taps, taps_of + channel * taps, from, tail_from + place, tail_to + place, to);
+    };
+    take(groups * dim, queries + (batch * heads + head) * dim, head * dim, own);
+    take(dim, own_keys + index * dim, (heads + kv_head) * dim, own_key);
+    take(dim, own_values + index * dim, (heads + kv_heads + kv_head) * dim, own_value);
+    if (norm_of_queries) {
+      for (int64_t j = 0; j < groups; j++) rms_norm(dim, norm_of_queries, eps, own + j * dim);
+      rms_norm(dim, norm_of_keys, eps, own_key);
+    }
+
+    // The oldest token leaves the window and enters the memory.
+    const float* old_matrix = matrix_from + index * dim * dim;
+    const float *leaving_key = key_from + index * row, *leaving_value = value_from + index * row;
+    const float strength = strength_from[index * window];
+    const float decay = forget_from ? decay_of_log(forget_from[index * window]) : 1.0f;
+    map_silu_l2(dim, leaving_key, far_key);
+    for (int64_t j = 0; j < groups; j++) map_silu_l2(dim, own + j * dim, mapped + j * dim);
+    replace(dim, dim, strength, decay, far_key, leaving_value, old_matrix, written);
+    write_and_read(sizes, decay, far_key, written, mapped, old_matrix, matrix_to + index * dim * dim, far_values);
+
+    append_row(window, dim, key_from + index * row, own_key, keys_to + index * row);
+    append_row(window, dim, value_from + index * row, own_value, values_to + index * row);
+    const float own_strength = sigmoid(writes[index]);
+    append_row(window, 1, strength_from + index * window, &own_strength, strength_to + index * window);
+    if (forget_from) {
+      const float logit = forgets[index], own_decay = std::min(logit, 0.0f) - std::log1p(std::exp(-std::abs(logit)));
+      append_row(window, 1, forget_from + index * window, &own_decay, forget_to + index * window);
+    }
+
+    attend_near(
+        near, sizes, batch, kv_head, 0, near.num_sinks, scale, [&](int64_t j) { return own + j * dim; },
+        [&](int64_t j) {
+          rms_norm(dim, norm_of_far, eps, far_values + j * dim);
+          const float logit = dot(dim, directions + (head + j) * dim, own + j * dim) + biases[head + j];
+          return Far{far_values + j * dim, logit};
+        },
+        [&](int64_t j) { return outputs + (batch * heads + head + j) * dim; });
+  });
+  return {output, new_keys, new_values, new_strength, new_matrix, new_forget, new_tail};
+}
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(kermit_hf, m) {
@@ -339,10 +504,17 @@ TORCH_LIBRARY_FRAGMENT(kermit_hf, m) {
   m.def(
       "additive_step(Tensor query, Tensor key, Tensor value, Tensor? log_forget, Tensor? key_mask, Tensor matrix, "
       "Tensor normalizer, bool elu, bool divides) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "delta_layer_step(Tensor query, Tensor key, Tensor value, Tensor write_logit, Tensor? forget_logit, Tensor? "
+      "conv_weight, Tensor? conv_tail, Tensor? query_norm, Tensor? key_norm, Tensor keys, Tensor values, Tensor "
+      "write_strength, Tensor? log_forget, Tensor sink_keys, Tensor sink_values, Tensor matrix, Tensor far_query, "
+      "Tensor far_bias, Tensor far_norm, Tensor cos, Tensor sin, float norm_eps, float scaling) -> (Tensor, Tensor, "
+      "Tensor, Tensor, Tensor, Tensor?, Tensor?)");
 }
 
 TORCH_LIBRARY_IMPL(kermit_hf, CPU, m) {
   m.impl("window_step", window_step);
   m.impl("delta_step", delta_step);
   m.impl("additive_step", additive_step);
+  m.impl("delta_layer_step", delta_layer_step);
 }

@@ -1,10 +1,12 @@
 """The kernels in C++ for single tokens: the float64 recurrence and softmax, from any layout, alone and in models that decode."""
 
+import copy
 import itertools
 
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import DynamicCache, StaticCache
 
 from kermit_hf import kernel_backend, step_cpu
 from kermit_hf.cpu_kernels import cpu_misfit
@@ -286,9 +288,10 @@ def test_a_model_decodes_as_it_reads(setting, side, calls):
         with kernel_backend("cpp"):
             actual = decode(model, input_ids, mask, 3)
     layers = model.config.layer_types.count("kernel_attention")
-    assert calls.count("window_step") == (37 * layers if model.config.window_size else 0)
+    near = calls.count("window_step") + calls.count("delta_layer_step")
+    assert near == (37 * layers if model.config.window_size else 0)
     rule = model.config.update_rule
-    assert (f"{rule}_step" in calls) == (model.config.window_size < 40)
+    assert bool({f"{rule}_step", f"{rule}_layer_step"} & set(calls)) == (model.config.window_size < 40)
     seen = mask[:, 2:] == 1
     # Rounding passes through two or three layers whose weights are large.
     assert_close(actual[seen], expected[seen], 1e-4)
@@ -302,12 +305,129 @@ def test_generation_writes_the_same(calls):
     assert not calls
     with kernel_backend("cpp"):
         assert torch.equal(model.generate(prompt, **options), expected)
-    assert {"window_step", "delta_step"} <= set(calls)
+    assert "delta_layer_step" in calls
 
 
-def test_tokens_that_may_be_rolled_back_are_read_alike(calls):
+LAYERS = {
+    "default": {},
+    "without_gate": {"forget_gate": False},
+    "without_convolution": {"conv_kernel_size": 0},
+    "two_taps": {"conv_kernel_size": 2},
+    "with_norms": {"use_qk_norm": True, "conv_kernel_size": 0},
+    "with_biases": {"attention_bias": True},
+    "without_sinks": {"num_sink_tokens": 0},
+    "all_sinks": {"num_sink_tokens": 8},
+    "one_token_window": {"window_size": 1, "num_sink_tokens": 1},
+    "narrow_heads": {"head_dim": 2},
+    "wide_heads": {"head_dim": 36, "num_key_value_heads": 4},
+    "one_key_value_head": {"num_key_value_heads": 1},
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_layer_in_one_call(name, calls):
+    """From a text that filled the window on, against PyTorch's forms in float64."""
+    model, input_ids = tiny_model("delta", **LAYERS[name]), tokens(2, 50)
+    exact = copy.deepcopy(model).double()
+    with torch.no_grad():
+        with kernel_backend("torch"):
+            expected = exact(input_ids).logits[:, 19:]
+        with kernel_backend("cpp"):
+            actual = decode(model, input_ids, torch.ones_like(input_ids), 20)
+    assert calls[-60:] == ["delta_layer_step"] * 60
+    # Rounding passes through two layers whose weights are large, and the norms round to float32 in both.
+    assert_close(actual, expected, 2e-5)
+
+
+def test_rows_of_different_lengths_in_one_call(calls):
+    """Once all of them have filled the window and left the sinks behind."""
+    model = tiny_model("delta")
+    input_ids, mask = place([tokens(60), tokens(35), tokens(31)], "left")
+    with torch.no_grad():
+        with kernel_backend("torch"):
+            expected = model(input_ids, attention_mask=mask).logits[:, 29:]
+        with kernel_backend("cpp"):
+            actual = decode(model, input_ids, mask, 30)
+    # The shortest one begins with two tokens, and is steady with ten.
+    assert calls.count("delta_layer_step") == 2 * (60 - 39)
+    assert_close(actual[mask[:, 29:] == 1], expected[mask[:, 29:] == 1], 1e-4)
+
+
+def test_a_copied_cache_goes_its_own_way():
+    """A step leaves what it read as it was."""
+    model, input_ids = tiny_model("delta"), tokens(1, 30)
+    with torch.no_grad(), kernel_backend("cpp"):
+        cache = model(input_ids, use_cache=True).past_key_values
+        before = [[tensor.clone() for tensor in layer.tensors()] for layer in cache.layers]
+        kept = [layer.tensors() for layer in cache.layers]
+        model(tokens(1, 1), past_key_values=cache)
+    for tensors, copies in zip(kept, before, strict=True):
+        assert all(torch.equal(*pair) for pair in zip(tensors, copies, strict=True))
+    assert all(
+        tensor.data_ptr() not in {other.data_ptr() for other in tensors if other.numel()}
+        for layer, tensors in zip(cache.layers, kept, strict=True)
+        for tensor in (layer.keys, layer.values, layer.memory.matrix, layer.conv_tail, *layer.gates.values())
+    )
+
+
+@pytest.mark.parametrize(
+    "other", [{"num_attention_heads": 8, "head_dim": 8}, {"num_key_value_heads": 4}, {"head_dim": 16}]
+)
+def test_the_cache_of_another_model_is_refused(other):
+    model, another = tiny_model("delta"), tiny_model("delta", **other)
+    with torch.no_grad(), kernel_backend("cpp"):
+        cache = another(tokens(1, 30), use_cache=True).past_key_values
+        with pytest.raises(ValueError, match="past_key_values"):
+            model(tokens(1, 1), past_key_values=cache)
+
+
+def hook_the_norm(model) -> None:
+    model.model.layers[0].self_attn.far_norm.register_forward_hook(lambda module, args, output: 2 * output)
+    model.model.layers[1].self_attn.far_norm.register_forward_hook(lambda module, args, output: 2 * output)
+
+
+@pytest.mark.parametrize("case", ["hooks", "elu", "no_window", "recording", "static", "short", "offloaded"])
+def test_other_layers_are_left_to_other_forms(case, calls):
+    changes = {"elu": {"feature_map": "elu"}, "no_window": {"window_size": 0, "num_sink_tokens": 0}}
+    model, length = tiny_model("delta", **changes.get(case, {})), 9 if case == "short" else 30
+    if case == "hooks":
+        hook_the_norm(model)
+    input_ids, cache = tokens(1, length + 1), DynamicCache(config=model.config)
+    if case == "static":
+        cache = StaticCache(config=model.config, max_cache_len=40)
+    with torch.no_grad():
+        with kernel_backend("torch"):
+            expected = model(input_ids).logits[:, -1:]
+        with kernel_backend("cpp"):
+            model(input_ids[:, :-1], past_key_values=cache)
+            for layer in cache.layers:
+                if case == "recording":
+                    layer.activate_past_recording()
+                elif case == "offloaded":
+                    layer.offload()
+            actual = model(input_ids[:, -1:], past_key_values=cache).logits
+    assert "delta_layer_step" not in calls
+    assert_close(actual, expected, 1e-4)
+
+
+def test_adapters_on_projections_are_called():
+    """As PEFT puts them in their place."""
+    model, input_ids = tiny_model("delta"), tokens(1, 40)
+    for layer in model.model.layers:
+        for name in ("q_proj", "k_proj", "v_proj", "write_proj", "forget_proj", "o_proj"):
+            getattr(layer.self_attn, name).register_forward_hook(lambda module, args, output: output.tanh())
+    with torch.no_grad():
+        with kernel_backend("torch"):
+            expected = model(input_ids).logits[:, 19:]
+        with kernel_backend("cpp"):
+            actual = decode(model, input_ids, torch.ones_like(input_ids), 20)
+    assert_close(actual, expected, 1e-4)
+
+
+@pytest.mark.parametrize("setting", ["additive", "delta"])
+def test_tokens_that_may_be_rolled_back_are_read_alike(setting, calls):
     """As assisted generation reads them: the memory of what may go is thrown away."""
-    model, input_ids = tiny_model("additive"), tokens(1, 40)
+    model, input_ids = tiny_model(setting), tokens(1, 40)
     with torch.no_grad(), kernel_backend("torch"):
         expected = model(input_ids).logits[:, -1:]
     with torch.no_grad(), kernel_backend("cpp"):
