@@ -297,7 +297,7 @@ class NystromformerHFDecoderModel(NystromformerHFDecoderPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if past_key_values is not None:
-            self._bind_cache(past_key_values)
+            self._bind_cache(past_key_values, inputs_embeds.shape[1])
         padding = self._padding(inputs_embeds, attention_mask, position_ids, past_key_values)
 
         # Attention counts the real tokens of each row itself: positions do not depend on padding or `position_ids`.
@@ -318,8 +318,8 @@ class NystromformerHFDecoderModel(NystromformerHFDecoderPreTrainedModel):
             )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
-    def _bind_cache(self, past_key_values: Cache) -> None:
-        """`ValueError` unless the cache has the layers and settings of this model."""
+    def _bind_cache(self, past_key_values: Cache, length: int) -> None:
+        """`ValueError` unless the cache has the layers and settings of this model, and room for `length` tokens."""
         layers = past_key_values.layers
         wrong = [type(layer).__name__ for layer in layers if not hasattr(layer, "num_complete")]
         if wrong or len(layers) != self.config.num_hidden_layers:
@@ -332,6 +332,15 @@ class NystromformerHFDecoderModel(NystromformerHFDecoderPreTrainedModel):
         settings = {name: getattr(self.config, name) for name in CACHE_SETTINGS}
         for layer in layers:
             layer.bind(**settings, regularized=self.config.inverse_regularization is not None)
+        capacity = layers[0].get_max_length()
+        if capacity < 0 or torch.compiler.is_compiling():
+            return
+        total = int(past_key_values.get_seq_length()) + length
+        if total > capacity:
+            raise ValueError(
+                f"past_key_values: holds max_cache_len={capacity} tokens, but with these {length} it would be {total}; allowed "
+                f"are StaticCache(config=model.config, max_cache_len=...) of {total} or more, or DynamicCache(config=model.config)"
+            )
 
     def _padding(
         self,

@@ -427,6 +427,19 @@ class TestCache:
             assert int(cache.get_seq_length()) == 40
 
     @pytest.mark.parametrize("setting", SETTINGS)
+    def test_a_static_cache_that_is_full(self, setting):
+        model = tiny_model(setting)
+        input_ids = tokens(2, 41)
+        with pytest.raises(ValueError, match=r"holds max_cache_len=40 tokens.* would be 41.* of 41 or more"):
+            feed(model, StaticCache(config=model.config, max_cache_len=40), input_ids, [41])
+        cache = StaticCache(config=model.config, max_cache_len=40)
+        expected = feed(model, cache, input_ids[:, :40], [39, 1])
+        with pytest.raises(ValueError, match="max_cache_len=40"):
+            feed(model, cache, input_ids[:, 40:], [1])
+        cache.reset()
+        assert torch.equal(feed(model, cache, input_ids[:, :40], [39, 1]), expected)
+
+    @pytest.mark.parametrize("setting", SETTINGS)
     def test_eager_reads_its_cache_too(self, setting):
         model = tiny_model(setting, implementation="eager")
         input_ids = tokens(2, 60)
