@@ -444,6 +444,9 @@ def first_tokens(hidden_states: torch.Tensor, attention_mask: torch.Tensor | Non
 
 @auto_docstring
 class NystromformerHFForSequenceClassification(NystromformerHFPreTrainedModel):
+    # Its losses are means over texts, whatever number of labels the Trainer would have them divided by.
+    accepts_loss_kwargs = False
+
     def __init__(self, config: NystromformerHFConfig):
         super().__init__(config)
         self.num_labels = config.num_labels
@@ -473,7 +476,7 @@ class NystromformerHFForSequenceClassification(NystromformerHFPreTrainedModel):
         if labels is not None:
             batch = logits.shape[0]
             check_shape("labels", labels, (batch,), (batch, 1), (batch, self.num_labels))
-            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config, **kwargs)
+            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
         return SequenceClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
