@@ -319,7 +319,12 @@ class NystromformerHFDecoderModel(NystromformerHFDecoderPreTrainedModel):
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
     def _bind_cache(self, past_key_values: Cache, length: int) -> None:
-        """`ValueError` unless the cache has the layers and settings of this model, and room for `length` tokens."""
+        """`ValueError` unless the cache has the layers and settings of this model, and room for `length` tokens.
+
+        A `DynamicCache()` without layers, made for no model in particular, gets those of this one.
+        """
+        if type(past_key_values) is DynamicCache and not past_key_values.layers:
+            past_key_values.layers = DynamicCache(config=self.config).layers
         layers = past_key_values.layers
         wrong = [type(layer).__name__ for layer in layers if not hasattr(layer, "num_complete")]
         if wrong or len(layers) != self.config.num_hidden_layers:

@@ -76,6 +76,7 @@ class TestGenerate:
         assert torch.equal(generate(model, prompt), expected)
         assert torch.equal(generate(model, prompt, cache_implementation="static", disable_compile=True), expected)
         assert torch.equal(generate(model, prompt, prefill_chunk_size=4), expected)
+        assert torch.equal(generate(model, prompt, past_key_values=DynamicCache()), expected)
 
     @pytest.mark.parametrize("setting", SETTINGS)
     def test_beams(self, setting):
@@ -212,6 +213,9 @@ class TestGenerate:
         for implementation in ("offloaded", "offloaded_static"):
             options = {"cache_implementation": implementation, "disable_compile": True}
             assert torch.equal(generate(model, input_ids, attention_mask=mask, **options), expected)
+        cache = DynamicCache(offloading=True)
+        assert torch.equal(generate(model, input_ids, attention_mask=mask, past_key_values=cache), expected)
+        assert [layer.is_offloaded for layer in cache.layers].count(True) > 0
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     @pytest.mark.parametrize("setting", SETTINGS)

@@ -426,6 +426,14 @@ class TestCache:
             assert_rows_are_those_alone(model, logits, input_ids, mask, **CLOSE)
             assert int(cache.get_seq_length()) == 40
 
+    def test_a_cache_that_was_made_for_no_model(self):
+        model, cache = tiny_model(), DynamicCache()
+        input_ids = tokens(2, 30)
+        with torch.no_grad():
+            expected = model(input_ids, use_cache=False).logits
+        torch.testing.assert_close(feed(model, cache, input_ids, [20, 1, 9]), expected, **CLOSE)
+        assert cache.get_seq_length() == 30
+
     @pytest.mark.parametrize("setting", SETTINGS)
     def test_a_static_cache_that_is_full(self, setting):
         model = tiny_model(setting)
@@ -796,7 +804,9 @@ class TestBatchOperations:
         with pytest.raises(ValueError, match="past_key_values"):
             feed(model, cache, tokens(1, 2), [2])
         with pytest.raises(ValueError, match=r"past_key_values.*DynamicCache\(config=model.config\)"):
-            model(tokens(1, 5), past_key_values=DynamicCache())
+            model(tokens(1, 5), past_key_values=DynamicCache(config=LlamaConfig(num_hidden_layers=2)))
+        with pytest.raises(ValueError, match=r"past_key_values.*StaticCache\(config=model.config"):
+            model(tokens(1, 5), past_key_values=StaticCache(LlamaConfig(num_hidden_layers=2), max_cache_len=9))
         cache = DynamicCache(config=model.config)
         text = tokens(2, 30)
         feed(model, cache, text[:, :20], [20])
