@@ -121,6 +121,14 @@ class TestGenerate:
         expected = generate(model, prompt, max_new_tokens=40)
         assert torch.equal(generate(model, prompt, assistant_model=assistant, max_new_tokens=40), expected)
 
+    @pytest.mark.parametrize("setting", SETTINGS)
+    def test_its_own_first_layer_as_the_assistant_gives_the_greedy_text(self, setting):
+        model = tiny_model(setting)
+        prompt = tokens(1, PROMPT)
+        expected = generate(model, prompt, max_new_tokens=40)
+        assert torch.equal(generate(model, prompt, assistant_early_exit=1, max_new_tokens=40), expected)
+        assert torch.equal(generate(model, prompt, max_new_tokens=40), expected)
+
     @pytest.mark.parametrize("setting", BOTH)
     def test_sampling_with_a_seed(self, setting):
         model = tiny_model(setting)

@@ -865,6 +865,23 @@ class TestHeads:
         with torch.no_grad():
             assert torch.equal(loaded(input_ids)[0], model(input_ids)[0])
 
+    def test_fewer_layers_than_the_checkpoint(self, tmp_path):
+        """As Llama: the first ones, with a cache of as many, saved and loaded again."""
+        model = tiny_model()
+        model.save_pretrained(tmp_path / "two")
+        loaded = NystromformerHFDecoderForCausalLM.from_pretrained(tmp_path / "two", num_hidden_layers=1).eval()
+        loaded.save_pretrained(tmp_path / "one")
+        again = NystromformerHFDecoderForCausalLM.from_pretrained(tmp_path / "one").eval()
+        config = NystromformerHFDecoderConfig(**{**model.config.to_dict(), "num_hidden_layers": 3})
+        assert [len(c.layer_types) for c in (loaded.config, again.config, model.config, config)] == [1, 1, 2, 3]
+        model.model.layers, model.config.num_hidden_layers = model.model.layers[:1], 1
+        input_ids = tokens(2, 30)
+        with torch.no_grad():
+            expected = model(input_ids, use_cache=False).logits
+        for fewer in (loaded, again, model):
+            logits = feed(fewer, DynamicCache(config=fewer.config), input_ids, [20, 10])
+            torch.testing.assert_close(logits, expected, **CLOSE)
+
     def test_a_checkpoint_that_lacks_weights(self, tmp_path):
         tiny_model("pooled").save_pretrained(tmp_path)
         with pytest.raises(ValueError, match=r"lacks model\.layers\.0\.self_attn\.k_norm\.weight"):
