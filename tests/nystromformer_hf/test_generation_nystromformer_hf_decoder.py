@@ -255,6 +255,21 @@ class TestCompiled:
         assert graphs == [1, 1, 1]
         assert sum(counters["graph_break"].values()) == 0
 
+    @pytest.mark.parametrize("setting", BOTH)
+    @torch.no_grad()
+    def test_one_graph_of_dynamic_shapes(self, setting):
+        """Of a text and of what follows it in a dynamic cache."""
+        model = tiny_model(setting)
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend="eager", dynamic=True, fullgraph=True)
+        input_ids = tokens(2, 31)
+        expected = model(input_ids, use_cache=False).logits
+        torch.testing.assert_close(compiled(input_ids, use_cache=False).logits, expected, **CLOSE)
+        text = compiled(input_ids[:, :30], use_cache=True)
+        torch.testing.assert_close(text.logits, expected[:, :30], **CLOSE)
+        step = compiled(input_ids[:, 30:], past_key_values=text.past_key_values, use_cache=True)
+        torch.testing.assert_close(step.logits, expected[:, 30:], **CLOSE)
+
 
 class TestText:
     def test_text_iterator_streamer(self, text_model, tokenizer):
