@@ -9,7 +9,7 @@ import torch
 from transformers import cache_utils
 from transformers.cache_utils import CacheLayerMixin
 
-from .causal_nystrom_attention import Context, Landmarks, append, overwrite, take_slots
+from .causal_nystrom_attention import Context, Landmarks, append, has_values, overwrite, take_slots
 
 
 LAYER_TYPE = "causal_nystrom_attention"
@@ -104,7 +104,8 @@ class NystromformerHFDecoderCacheLayer(CacheLayerMixin):
                 self._extend_history("history_values", value_states),
             )
         queries = append(self.queries, query_states, filled - self._behind)
-        if self.settings["regularized"] and not self.is_compileable and isinstance(filled, torch.Tensor):
+        differ = isinstance(filled, torch.Tensor) and has_values(filled)
+        if self.settings["regularized"] and not self.is_compileable and differ:
             # Rows differ: without this every step would read all keys for landmarks that no row, or only some rows, need yet.
             open_tokens = filled - self._behind + length
             queries = queries[:, :, : max(int(open_tokens.max()), 0)]

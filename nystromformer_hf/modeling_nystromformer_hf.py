@@ -319,7 +319,8 @@ class NystromformerHFModel(NystromformerHFPreTrainedModel):
         if seq_len == 0:
             raise ValueError(f"input_ids has shape {(batch, seq_len)}; allowed are one token or more")
         if input_ids is not None:
-            self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
+            if not input_ids.is_meta:
+                self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
             inputs_embeds = self.embeddings.word_embeddings(input_ids)
         for name, ids in (("token_type_ids", token_type_ids), ("position_ids", position_ids)):
             check_shape(name, ids, (batch, seq_len), (1, seq_len))
@@ -331,7 +332,8 @@ class NystromformerHFModel(NystromformerHFPreTrainedModel):
                     f"attention_mask has shape {tuple(attention_mask.shape)}; allowed is (batch, sequence) = "
                     f"{tuple(inputs_embeds.shape[:2])}, nonzero at real tokens"
                 )
-            padding = read_padding(attention_mask.to(inputs_embeds.device), inspect=not is_tracing(attention_mask))
+            inspect = not (attention_mask.is_meta or is_tracing(attention_mask))
+            padding = read_padding(attention_mask.to(inputs_embeds.device), inspect)
         if position_ids is None:
             if padding is not None and padding.rank is not None:
                 position_ids = padding.rank + POSITION_OFFSET

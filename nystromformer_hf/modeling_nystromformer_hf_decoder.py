@@ -36,6 +36,7 @@ from .causal_nystrom_attention import (
     causal_nystrom_reference,
     causal_nystrom_step,
     context_of_whole_text,
+    has_values,
     take_slots,
 )
 from .checkpoints import load_whole
@@ -68,7 +69,7 @@ class Padding(NamedTuple):
         """`mask`: (batch, seq), nonzero at real tokens."""
         pad = mask == 0
         real = ~pad
-        if not torch.compiler.is_compiling() and bool((pad[:, 1:] >= pad[:, :-1]).all()):
+        if has_values(pad) and bool((pad[:, 1:] >= pad[:, :-1]).all()):
             return cls(real, None, None)
         order = pad.to(torch.uint8).argsort(dim=-1, stable=True)
         return cls(real, order, order.argsort(dim=-1))
@@ -338,10 +339,8 @@ class NystromformerHFDecoderModel(NystromformerHFDecoderPreTrainedModel):
         for layer in layers:
             layer.bind(**settings, regularized=self.config.inverse_regularization is not None)
         capacity = layers[0].get_max_length()
-        if capacity < 0 or torch.compiler.is_compiling():
-            return
-        total = int(past_key_values.get_seq_length()) + length
-        if total > capacity:
+        total = _length_of(past_key_values) + length
+        if 0 <= capacity < total:
             raise ValueError(
                 f"past_key_values: holds max_cache_len={capacity} tokens, but with these {length} it would be {total}; allowed "
                 f"are StaticCache(config=model.config, max_cache_len=...) of {total} or more, or DynamicCache(config=model.config)"
@@ -357,16 +356,16 @@ class NystromformerHFDecoderModel(NystromformerHFDecoderPreTrainedModel):
         """What attention needs to know of any mask that transformers passes: None, 2D, 4D or a dict of those."""
         batch, length = inputs_embeds.shape[:2]
         mask = attention_mask.get(LAYER_TYPE) if isinstance(attention_mask, dict) else attention_mask
-        compiling = torch.compiler.is_compiling()
+        readable = has_values(inputs_embeds)
         if mask is not None and mask.dim() == 4:
             mask = _padding_of_4d_mask(mask, length)
-        past_length = 0 if past_key_values is None or compiling else int(past_key_values.get_seq_length())
+        past_length = _length_of(past_key_values)
         if mask is not None and (
             mask.dim() != 2
             or mask.shape[0] != batch
             or mask.shape[1] < length
             # A static cache comes with masks as long as itself.
-            or (not isinstance(attention_mask, dict) and not compiling and mask.shape[1] > past_length + length)
+            or (not isinstance(attention_mask, dict) and readable and mask.shape[1] > past_length + length)
         ):
             raise ValueError(
                 f"attention_mask has shape {tuple(mask.shape)}; allowed are (batch, past + seq) = "
@@ -374,14 +373,22 @@ class NystromformerHFDecoderModel(NystromformerHFDecoderPreTrainedModel):
             )
         if mask is not None:
             mask = mask[:, -length:]
-        if not compiling and length > 1 and position_ids is not None:
+        if readable and length > 1 and position_ids is not None:
             _check_positions(position_ids, mask)
-        if mask is not None and not compiling:
+        if mask is not None and readable:
             harmless = (mask != 0) if past_key_values is not None else ((mask[:, :-1] != 0) >= (mask[:, 1:] != 0))
             if bool(harmless.all()):
                 # Nothing padded, or only behind the text, where no real token looks.
                 mask = None
         return None if mask is None else Padding.from_mask(mask)
+
+
+def _length_of(past_key_values: Cache | None) -> int:
+    """Tokens so far; 0 where nobody can tell yet."""
+    if past_key_values is None or torch.compiler.is_compiling():
+        return 0
+    length = past_key_values.get_seq_length()
+    return int(length) if isinstance(length, int) or has_values(length) else 0
 
 
 def _check_labels(name: str, labels: torch.Tensor, *allowed: tuple[int, ...]) -> None:
@@ -556,7 +563,7 @@ def _padding_of_4d_mask(mask: torch.Tensor, length: int) -> torch.Tensor:
     allowed = allowed & real
     # Rows of padding queries say nothing, whatever they hold.
     matters = real[..., -length:].transpose(-1, -2)
-    if not torch.compiler.is_compiling() and bool(((visible != allowed) & matters).any()):
+    if has_values(visible) and bool(((visible != allowed) & matters).any()):
         raise ValueError(
             f"attention_mask of shape {tuple(mask.shape)} hides more than padding and the future, which attention cannot "
             "follow; allowed are masks of shape (batch, past + seq)"

@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from transformers.utils.generic import maybe_autocast
 
 from .functions import apply_function
 
@@ -294,7 +295,7 @@ def nystrom_attention(
     real_tokens = _first(lengths, seq_len)
     if dropout > 0.0:
         value = value * drop_keys(value, dropout)
-    with torch.autocast(query.device.type, enabled=False):
+    with maybe_autocast(query.device.type, enabled=False):
         if seq_len <= num_landmarks:
             return F.scaled_dot_product_attention(query, key, value, attn_mask=real_tokens), None
         query, key, landmarks = choose_landmarks(query, key, num_landmarks, lengths, **landmark_options)
@@ -330,7 +331,7 @@ def nystrom_attention_eager(
     batch, _, seq_len, _ = query.shape
     real_tokens = _first(lengths, seq_len)
     kept_keys = drop_keys(value, dropout).transpose(-1, -2) if dropout > 0.0 else None
-    with torch.autocast(query.device.type, enabled=False):
+    with maybe_autocast(query.device.type, enabled=False):
         if seq_len <= num_landmarks:
             weights = _softmax_scores(query, key, real_tokens)
         else:
@@ -382,7 +383,7 @@ def value_convolution(
     kernel_size = weight.shape[2]
     if lengths is not None:
         value = value * _first(lengths, value.shape[2]).transpose(-1, -2)
-    with torch.autocast(value.device.type, enabled=False):
+    with maybe_autocast(value.device.type, enabled=False):
         weight = weight.to(value.dtype)
         if value.device.type == "cpu" and not torch.compiler.is_compiling():
             return _BlockedConvolution.apply(value, weight[:, 0, :, 0], residual)
@@ -412,7 +413,7 @@ class _BlockedConvolution(torch.autograd.Function):
     def backward(ctx, grad):
         value, weight = ctx.saved_tensors
         before, grad_value, grad_weight = weight.shape[1] // 2, None, None
-        with torch.autocast(grad.device.type, enabled=False):
+        with maybe_autocast(grad.device.type, enabled=False):
             if ctx.needs_input_grad[0]:
                 grad_value = _convolve(grad, weight.flip(1), weight.shape[1] - 1 - before)
             if ctx.needs_input_grad[1]:

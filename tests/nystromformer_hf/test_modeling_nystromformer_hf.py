@@ -429,6 +429,20 @@ def test_initialisation_is_complete_on_the_meta_device(tmp_path):
     assert head.cls.predictions.decoder.weight is head.get_input_embeddings().weight
 
 
+@pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("auto_class", AUTO_CLASSES)
+def test_runs_on_the_meta_device(auto_class, padded, attn_implementation):
+    """Which counts operations and memory without doing anything, and has no values to look at."""
+    shape = (2, 3, 50) if auto_class == "AutoModelForMultipleChoice" else (2, 50)
+    with torch.device("meta"):
+        model = AUTO_CLASSES[auto_class](tiny_config(attn_implementation=attn_implementation))
+        mask = torch.ones(shape, dtype=torch.long) if padded else None
+        found = model(torch.ones(shape, dtype=torch.long), attention_mask=mask)[0]
+    model.to_empty(device="cpu")
+    assert found.is_meta and found.shape == model(random_tokens(*shape))[0].shape
+
+
 def test_vocabulary_can_grow():
     model = NystromformerHFForMaskedLM(tiny_config())
     model.resize_token_embeddings(70)

@@ -844,6 +844,24 @@ class TestHeads:
         output = model(input_ids, attention_mask=mask, labels=labels)
         torch.testing.assert_close(output.loss, torch.nn.functional.cross_entropy(output.logits, labels))
 
+    @pytest.mark.parametrize("kind", [None, "dynamic", "static"])
+    @pytest.mark.parametrize("padded", [False, True])
+    @pytest.mark.parametrize("auto", HEADS)
+    @pytest.mark.parametrize("setting", ["pooled", "regularized_conv"])
+    def test_runs_on_the_meta_device(self, setting, auto, padded, kind):
+        """Which counts operations and memory without doing anything, and has no values to look at."""
+        with torch.device("meta"):
+            model = HEADS[auto](tiny_config(setting))
+            input_ids = torch.ones(2, 50, dtype=torch.long)
+            inputs = {"attention_mask": input_ids} if padded else {}
+            inputs["position_ids"] = torch.arange(50).expand(2, -1)
+            cache = StaticCache(config=model.config, max_cache_len=60) if kind == "static" else None
+            whole = model(input_ids, past_key_values=cache, use_cache=kind is not None, **inputs)
+            assert whole[0].is_meta and whole[0].shape[0] == 2
+            if kind is not None:
+                step = model(input_ids[:, :1], attention_mask=input_ids[:, :1], past_key_values=whole.past_key_values)
+                assert step[0].is_meta and step[0].shape[0] == 2
+
     def test_dropout_does_something(self):
         model = tiny_model(attention_dropout=0.5).train()
         input_ids = tokens(1, 30)
