@@ -52,6 +52,14 @@ def check_shape(name: str, tensor: torch.Tensor | None, *allowed: tuple[int, ...
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}; allowed is {shapes}")
 
 
+def check_axes(name: str, tensor: torch.Tensor | None, axes: tuple[str, ...]) -> None:
+    """`ValueError` unless the tensor is None or has as many axes."""
+    if tensor is not None and tensor.dim() != len(axes):
+        raise ValueError(
+            f"{name} has shape {tuple(tensor.shape)}; allowed is ({', '.join(axes)}), for a single text {name}[None]"
+        )
+
+
 def activation(name: str) -> nn.Module:
     return ACT2FN[FUSED_ACTIVATIONS.get(name, name)]
 
@@ -315,6 +323,8 @@ class NystromformerHFModel(NystromformerHFPreTrainedModel):
             raise ValueError(
                 "input_ids and inputs_embeds are both given or both missing; allowed is exactly one of them"
             )
+        check_axes("input_ids", input_ids, ("batch", "seq"))
+        check_axes("inputs_embeds", inputs_embeds, ("batch", "seq", "hidden_size"))
         batch, seq_len = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
         if seq_len == 0:
             raise ValueError(f"input_ids has shape {(batch, seq_len)}; allowed are one token or more")
@@ -518,6 +528,8 @@ class NystromformerHFForMultipleChoice(NystromformerHFPreTrainedModel):
         labels (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
             Index of the right choice.
         """
+        check_axes("input_ids", input_ids, ("batch", "num_choices", "seq"))
+        check_axes("inputs_embeds", inputs_embeds, ("batch", "num_choices", "seq", "hidden_size"))
         inputs = input_ids if input_ids is not None else inputs_embeds
         num_choices = 1 if inputs is None else inputs.shape[1]  # without inputs the model raises
         input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds = (

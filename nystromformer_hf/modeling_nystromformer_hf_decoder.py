@@ -293,6 +293,7 @@ class NystromformerHFDecoderModel(NystromformerHFDecoderPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        _check_inputs(input_ids, inputs_embeds)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache and past_key_values is None:
@@ -365,7 +366,11 @@ class NystromformerHFDecoderModel(NystromformerHFDecoderPreTrainedModel):
             or mask.shape[0] != batch
             or mask.shape[1] < length
             # A static cache comes with masks as long as itself.
-            or (not isinstance(attention_mask, dict) and readable and mask.shape[1] > past_length + length)
+            or (
+                not isinstance(attention_mask, dict)
+                and readable
+                and mask.shape[1] not in (length, past_length + length)
+            )
         ):
             raise ValueError(
                 f"attention_mask has shape {tuple(mask.shape)}; allowed are (batch, past + seq) = "
@@ -389,6 +394,22 @@ def _length_of(past_key_values: Cache | None) -> int:
         return 0
     length = past_key_values.get_seq_length()
     return int(length) if isinstance(length, int) or has_values(length) else 0
+
+
+def _check_inputs(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> None:
+    """`ValueError` unless there is a text in each row."""
+    for name, inputs, axes in (
+        ("input_ids", input_ids, "(batch, seq)"),
+        ("inputs_embeds", inputs_embeds, "(batch, seq, hidden_size)"),
+    ):
+        if inputs is None:
+            continue
+        if inputs.dim() != axes.count(",") + 1:
+            raise ValueError(
+                f"{name} has shape {tuple(inputs.shape)}; allowed is {axes}, for a single text {name}[None]"
+            )
+        if inputs.shape[1] == 0:
+            raise ValueError(f"{name} has shape {tuple(inputs.shape)}; allowed are one token or more")
 
 
 def _check_labels(name: str, labels: torch.Tensor, *allowed: tuple[int, ...]) -> None:
@@ -506,7 +527,7 @@ class NystromformerHFDecoderForSequenceClassification(NystromformerHFDecoderPreT
     ) -> torch.Tensor | None:
         """The runs of pad tokens at both ends, (batch, seq); a pad token inside the text may be its end-of-text token."""
         inputs = input_ids if inputs_embeds is None else inputs_embeds
-        if inputs is None:
+        if inputs is None or inputs.dim() < 2:
             return None  # the model raises
         if inputs_embeds is not None or self.config.pad_token_id is None:
             if inputs.shape[0] == 1:

@@ -960,6 +960,23 @@ class TestBadInput:
             tiny_model()(tokens(2, 10), attention_mask=torch.ones(shape, dtype=torch.long))
         assert str(tuple(shape)) in str(error.value) and "(2, 10)" in str(error.value)
 
+    @pytest.mark.parametrize("length", [1, 4, 31, 33])
+    def test_mask_of_wrong_length_behind_a_cache(self, length):
+        model = tiny_model()
+        cache = model(tokens(2, 30), use_cache=True).past_key_values
+        with pytest.raises(ValueError, match=rf"attention_mask has shape \(2, {length}\).*\(2, 32\)"):
+            model(tokens(2, 2), attention_mask=torch.ones(2, length, dtype=torch.long), past_key_values=cache)
+
+    @pytest.mark.parametrize("shape", [(2, 0), (5,), (1, 2, 5)])
+    @pytest.mark.parametrize("head", HEADS.values())
+    def test_inputs_of_wrong_shape(self, head, shape):
+        allowed = "one token or more" if shape == (2, 0) else r"\(batch, seq"
+        for name, inputs in {"input_ids": tokens(*shape), "inputs_embeds": torch.zeros(*shape, 32)}.items():
+            with pytest.raises(ValueError, match=rf"{name} has shape .*; allowed (is|are) {allowed}"):
+                tiny_model(head=head)(attention_mask=torch.ones(shape), **{name: inputs})
+        with pytest.raises(ValueError, match="input_ids has shape"):
+            tiny_model(head=head)(tokens(*shape))
+
     def test_4d_mask_that_hides_more(self):
         visible = torch.ones(2, 1, 10, 10, dtype=torch.bool).tril()
         visible[:, :, 7, 2] = False
