@@ -262,7 +262,9 @@ def causal_nystrom_reference(
     spread = spread + new_far @ _spread(maps.tokens, token_column, total)
     is_old = torch.arange(count, device=device)[None] < _column(context.num_complete)
     old_far = far.masked_fill(~is_old[:, None, None], 0.0)
-    unweighted = new_far @ maps.rest + old_far @ landmarks.values.to(dtype)
+    # Those of `context`: the new ones come from kernels without a second derivative.
+    old_values = context.landmarks.values.to(dtype)
+    unweighted = new_far @ maps.rest + old_far[..., : old_values.shape[2]] @ old_values
     output = spread @ _repeat(values, groups) + unweighted
     return CausalNystromOutput(output, landmarks, spread, values, unweighted)
 
