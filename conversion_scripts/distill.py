@@ -47,7 +47,7 @@ from conversion_scripts.checkpoint_files import (
     keep_files,
     push_folder,
 )
-from conversion_scripts.convert_llama import attention_settings, is_own
+from conversion_scripts.convert_llama import FAMILIES, attention_settings, is_own
 from conversion_scripts.machine import machine
 from conversion_scripts.texts import SOURCES, load_documents, long_documents, token_blocks
 
@@ -366,6 +366,11 @@ def check_packages(weights: str) -> None:
 def check_pair(student: PreTrainedConfig, teacher: PreTrainedConfig, num_tokens: int) -> None:
     """`ConversionError` unless `student` may learn from `teacher`, layer by layer and token by token."""
     perplexity.near_field(student)
+    if teacher.model_type not in FAMILIES:
+        raise ConversionError(
+            f"model_type={teacher.model_type!r} of the teacher is none that STUDENT can be converted from; allowed are "
+            f"{', '.join(FAMILIES)}"
+        )
     for name in ("vocab_size", "hidden_size", "num_hidden_layers"):
         ours, theirs = getattr(student, name), getattr(teacher, name)
         if ours != theirs:

@@ -200,6 +200,17 @@ def load_model(source: str, dtype: torch.dtype = torch.float32) -> tuple[PreTrai
     return model.eval(), folder
 
 
+def load_measured(source: str, dtype: torch.dtype) -> PreTrainedModel:
+    """As `load_model`; `ConversionError` too for a model that `token_losses` cannot take apart."""
+    model, _ = load_model(source, dtype)
+    if not (hasattr(model, "model") and hasattr(model, "lm_head")):
+        raise ConversionError(
+            f"{source}: model_type={model.config.model_type!r} has no body `model` with a head `lm_head`; allowed are causal "
+            "language models that are built as Llama is"
+        )
+    return model
+
+
 def load_config(source: str) -> tuple[PreTrainedConfig, Path]:
     """That of a model for evaluation, and the folder it lies in."""
     return _load(AutoConfig, source)
@@ -288,8 +299,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     disable_progress_bar()
     try:
         dtype = getattr(torch, args.dtype)
-        models = {Path(source).name: load_model(source, dtype)[0] for source in args.models}
-        original = load_model(args.original, dtype)[0] if args.original else None
+        models = {Path(source).name: load_measured(source, dtype) for source in args.models}
+        original = load_measured(args.original, dtype) if args.original else None
         documents = long_documents(
             load_tokenizer(args.models[0]), load_documents(args.texts, args.min_characters), args.tokens, args.documents
         )

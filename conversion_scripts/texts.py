@@ -36,8 +36,12 @@ def load_documents(source: str, min_characters: int = 0) -> list[str]:
         documents = _hub_documents(source)
     documents = [document for document in documents if len(document) >= max(min_characters, 1)]
     if not documents:
-        least = f" of at least {min_characters:,} characters" if min_characters else ""
-        raise ConversionError(f"{source} holds no document{least}; allowed are {SOURCES}")
+        if min_characters:
+            raise ConversionError(
+                f"{source} holds no document of at least {min_characters:,} characters; give longer texts or a smaller "
+                "--min-characters"
+            )
+        raise ConversionError(f"{source} holds no document; allowed are {SOURCES}")
     return documents
 
 
@@ -93,7 +97,8 @@ def token_blocks(
     ids = [token for document in encoded for token in [*document, *end]]
     if len(ids) < length:
         raise ConversionError(
-            f"the texts have {len(ids):,} tokens, fewer than one block of {length:,}; give more text or shorter blocks"
+            f"the texts have {len(ids):,} tokens, fewer than one block of {length:,}; give more text or a smaller "
+            "--sequence-length"
         )
     blocks = torch.tensor(ids[: len(ids) // length * length], dtype=torch.long).view(-1, length)
     return [{"input_ids": block, "labels": block} for block in blocks]
@@ -115,5 +120,5 @@ def long_documents(
             return found
     raise ConversionError(
         f"{len(found)} of the documents to measure with have {length:,} tokens, {count} are needed; give longer texts, or "
-        "measure fewer documents or tokens"
+        "smaller --tokens, --documents or --min-characters"
     )

@@ -9,7 +9,7 @@ import torch
 from transformers import cache_utils
 from transformers.cache_utils import CacheLayerMixin
 
-from .causal_nystrom_attention import Context, Landmarks, append, overwrite, take_slots
+from .causal_nystrom_attention import Context, Landmarks, append, has_values, overwrite, take_slots
 
 
 LAYER_TYPE = "causal_nystrom_attention"
@@ -104,7 +104,8 @@ class NystromformerHFDecoderCacheLayer(CacheLayerMixin):
                 self._extend_history("history_values", value_states),
             )
         queries = append(self.queries, query_states, filled - self._behind)
-        if self.settings["regularized"] and not self.is_compileable and isinstance(filled, torch.Tensor):
+        differ = isinstance(filled, torch.Tensor) and has_values(filled)
+        if self.settings["regularized"] and not self.is_compileable and differ:
             # Rows differ: without this every step would read all keys for landmarks that no row, or only some rows, need yet.
             open_tokens = filled - self._behind + length
             queries = queries[:, :, : max(int(open_tokens.max()), 0)]
@@ -260,7 +261,9 @@ class NystromformerHFDecoderCacheLayer(CacheLayerMixin):
         if torch.is_grad_enabled():
             past = append(past, new, self.num_tokens)[:, :, :end]
         else:
-            foreign = past.requires_grad or (past.is_inference() and not torch.is_inference_mode_enabled())
+            foreign = past.requires_grad
+            if not torch.compiler.is_compiling():
+                foreign = foreign or (past.is_inference() and not torch.is_inference_mode_enabled())
             if past.shape[2] < end or foreign:
                 enlarged = new.new_zeros(*new.shape[:2], end + max(end // 8, LEAST_ROOM), new.shape[3])
                 enlarged[:, :, :used] = past[:, :, :used]
@@ -297,8 +300,9 @@ class NystromformerHFDecoderCacheLayer(CacheLayerMixin):
         num_landmarks = complete if isinstance(complete, int) else behind_sinks // self.settings["segment_size"]
         for name, tensor in state.items():
             tensor = tensor[:, :, : num_landmarks if name.startswith("landmark") else None]
-            # A slice would keep the whole sequence it was cut from in memory.
-            whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+            # A slice would keep the whole sequence it was cut from in memory; a compiled graph does not know whether it is one.
+            size = tensor.numel() * tensor.element_size()
+            whole = not torch.compiler.is_compiling() and tensor.untyped_storage().nbytes() == size
             setattr(self, name, tensor if whole else tensor.clone(memory_format=torch.contiguous_format))
         self.num_complete = complete
 

@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from transformers.utils.import_utils import is_tracing
 
 from .backends import find_history_attention, find_landmark_attention
 from .tiled_attention import HISTORY_TILE, LONGEST_BLOCK, Tile, can_tile, tile_history, tile_text, tiled_attention
@@ -261,7 +262,9 @@ def causal_nystrom_reference(
     spread = spread + new_far @ _spread(maps.tokens, token_column, total)
     is_old = torch.arange(count, device=device)[None] < _column(context.num_complete)
     old_far = far.masked_fill(~is_old[:, None, None], 0.0)
-    unweighted = new_far @ maps.rest + old_far @ landmarks.values.to(dtype)
+    # Those of `context`: the new ones come from kernels without a second derivative.
+    old_values = context.landmarks.values.to(dtype)
+    unweighted = new_far @ maps.rest + old_far[..., : old_values.shape[2]] @ old_values
     output = spread @ _repeat(values, groups) + unweighted
     return CausalNystromOutput(output, landmarks, spread, values, unweighted)
 
@@ -380,6 +383,11 @@ def take_slots(tensor: torch.Tensor, slots: torch.Tensor, dim: int) -> torch.Ten
     return tensor.gather(dim, slots.view(shape).expand(target))
 
 
+def has_values(tensor: torch.Tensor) -> bool:
+    """Whether a tensor can be looked into, which one of the meta device and one of a program that is traced cannot."""
+    return not (tensor.is_meta or is_tracing(tensor))
+
+
 def causal_convolution(
     values: torch.Tensor, weight: torch.Tensor, first_query_slot: int | torch.Tensor, length: int
 ) -> torch.Tensor:
@@ -496,10 +504,10 @@ def _tiles(context: Context, query: torch.Tensor, segment_size: int, near_segmen
 
 
 def _common(index: int | torch.Tensor) -> int | None:
-    """The index that all rows agree on."""
+    """The index that all rows are seen to agree on."""
     if isinstance(index, int):
         return index
-    agreed = len(index) > 0 and bool((index == index[0]).all())
+    agreed = len(index) > 0 and has_values(index) and bool((index == index[0]).all())
     return int(index[0]) if agreed else None
 
 

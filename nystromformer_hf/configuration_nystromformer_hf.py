@@ -4,7 +4,7 @@ import os
 from typing import Self
 
 from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig
+from transformers import AutoConfig, NystromformerConfig
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 
@@ -13,6 +13,8 @@ from .validation import at_least, raises_value_error
 
 
 IN_TREE_MODEL_TYPE = "nystromformer"
+# Its fields that have another name and other values here.
+IN_TREE_FIELDS = {"segment_means_seq_len": "num_landmarks", "inv_coeff_init_option": "inverse_init"}
 
 
 @raises_value_error
@@ -85,6 +87,13 @@ class NystromformerHFConfig(PreTrainedConfig):
     tie_word_embeddings: bool = True
 
     @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs) -> Self | tuple[Self, dict]:
+        """As transformers reads a configuration, and one of its own Nyströmformer as `from_nystromformer` does."""
+        if config_dict.get("model_type") == IN_TREE_MODEL_TYPE:
+            return cls.from_nystromformer(NystromformerConfig.from_dict(config_dict), **kwargs)
+        return super().from_dict(config_dict, **kwargs)
+
+    @classmethod
     def from_nystromformer(
         cls, source: PreTrainedConfig | str | os.PathLike, return_unused_kwargs: bool = False, **kwargs
     ) -> Self | tuple[Self, dict]:
@@ -126,6 +135,12 @@ class NystromformerHFConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         """Part of `@strict`-powered validation: names the field, its value and what is allowed."""
+        for theirs, ours in IN_TREE_FIELDS.items():
+            if hasattr(self, theirs):
+                raise ValueError(
+                    f"{theirs}={getattr(self, theirs)!r} is a field of transformers' NystromformerConfig; allowed are {ours}, "
+                    "or to take over the whole configuration by from_nystromformer"
+                )
         for name in (
             "vocab_size",
             "hidden_size",

@@ -105,12 +105,23 @@ class NystromformerHFDecoderConfig(PreTrainedConfig):
         if self.attention_output_bias is None:
             self.attention_output_bias = self.attention_bias
         if self.layer_types is None:
-            # The cache is built from these.
-            self.layer_types = [LAYER_TYPE] * self.num_hidden_layers
+            self.layer_types = [LAYER_TYPE]
+        self._resize_layer_types()
         super().__post_init__(**kwargs)
         # `@strict` runs these too, but puts another error around what they raise.
         self.validate_architecture()
         self.validate_layer_type()
+
+    def __setattr__(self, name, value):
+        super().__setattr__(name, value)
+        if name == "num_hidden_layers":
+            # `from_pretrained` sets it afterwards, and so does self-speculation, for a while.
+            self._resize_layer_types()
+
+    def _resize_layer_types(self):
+        """One for each layer, as the cache is built from them; a list of others is left for the validation."""
+        if self.layer_types and set(self.layer_types) == {LAYER_TYPE}:
+            self.layer_types = [LAYER_TYPE] * self.num_hidden_layers
 
     def validate_architecture(self):
         """Part of `@strict`-powered validation: names the field, its value and what is allowed."""

@@ -3,6 +3,7 @@
 import torch
 
 from .cpu_kernels import contiguous_rows, load_cpu_kernels
+from .derivatives import first_derivative_only
 
 
 def nystrom_attention_fused(
@@ -35,7 +36,7 @@ class _FusedAttention(torch.autograd.Function):
         return kept[0]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_derivative_only
     def backward(ctx, grad):
         kernels = load_cpu_kernels("nystromformer_hf")
         grads = kernels.nystrom_backward(contiguous_rows(grad), *ctx.saved_tensors, *ctx.options)

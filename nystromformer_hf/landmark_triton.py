@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 
+from .derivatives import first_derivative_only
 from .triton_tiles import dot, load, padded, store, take_up, tile_dtype, tl, triton
 
 
@@ -158,7 +159,7 @@ class _LandmarkAttention(torch.autograd.Function):
         return output
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_derivative_only
     def backward(ctx, grad):
         query, key, value, far_key, far_value, start, first, output, total = ctx.saved_tensors
         layout = Layout(start, first, *ctx.layout)

@@ -52,6 +52,14 @@ def check_shape(name: str, tensor: torch.Tensor | None, *allowed: tuple[int, ...
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}; allowed is {shapes}")
 
 
+def check_axes(name: str, tensor: torch.Tensor | None, axes: tuple[str, ...]) -> None:
+    """`ValueError` unless the tensor is None or has as many axes."""
+    if tensor is not None and tensor.dim() != len(axes):
+        raise ValueError(
+            f"{name} has shape {tuple(tensor.shape)}; allowed is ({', '.join(axes)}), for a single text {name}[None]"
+        )
+
+
 def activation(name: str) -> nn.Module:
     return ACT2FN[FUSED_ACTIVATIONS.get(name, name)]
 
@@ -315,11 +323,14 @@ class NystromformerHFModel(NystromformerHFPreTrainedModel):
             raise ValueError(
                 "input_ids and inputs_embeds are both given or both missing; allowed is exactly one of them"
             )
+        check_axes("input_ids", input_ids, ("batch", "seq"))
+        check_axes("inputs_embeds", inputs_embeds, ("batch", "seq", "hidden_size"))
         batch, seq_len = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
         if seq_len == 0:
             raise ValueError(f"input_ids has shape {(batch, seq_len)}; allowed are one token or more")
         if input_ids is not None:
-            self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
+            if not input_ids.is_meta:
+                self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
             inputs_embeds = self.embeddings.word_embeddings(input_ids)
         for name, ids in (("token_type_ids", token_type_ids), ("position_ids", position_ids)):
             check_shape(name, ids, (batch, seq_len), (1, seq_len))
@@ -331,7 +342,8 @@ class NystromformerHFModel(NystromformerHFPreTrainedModel):
                     f"attention_mask has shape {tuple(attention_mask.shape)}; allowed is (batch, sequence) = "
                     f"{tuple(inputs_embeds.shape[:2])}, nonzero at real tokens"
                 )
-            padding = read_padding(attention_mask.to(inputs_embeds.device), inspect=not is_tracing(attention_mask))
+            inspect = not (attention_mask.is_meta or is_tracing(attention_mask))
+            padding = read_padding(attention_mask.to(inputs_embeds.device), inspect)
         if position_ids is None:
             if padding is not None and padding.rank is not None:
                 position_ids = padding.rank + POSITION_OFFSET
@@ -444,6 +456,9 @@ def first_tokens(hidden_states: torch.Tensor, attention_mask: torch.Tensor | Non
 
 @auto_docstring
 class NystromformerHFForSequenceClassification(NystromformerHFPreTrainedModel):
+    # Its losses are means over texts, whatever number of labels the Trainer would have them divided by.
+    accepts_loss_kwargs = False
+
     def __init__(self, config: NystromformerHFConfig):
         super().__init__(config)
         self.num_labels = config.num_labels
@@ -473,7 +488,7 @@ class NystromformerHFForSequenceClassification(NystromformerHFPreTrainedModel):
         if labels is not None:
             batch = logits.shape[0]
             check_shape("labels", labels, (batch,), (batch, 1), (batch, self.num_labels))
-            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config, **kwargs)
+            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
         return SequenceClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
@@ -513,6 +528,8 @@ class NystromformerHFForMultipleChoice(NystromformerHFPreTrainedModel):
         labels (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
             Index of the right choice.
         """
+        check_axes("input_ids", input_ids, ("batch", "num_choices", "seq"))
+        check_axes("inputs_embeds", inputs_embeds, ("batch", "num_choices", "seq", "hidden_size"))
         inputs = input_ids if input_ids is not None else inputs_embeds
         num_choices = 1 if inputs is None else inputs.shape[1]  # without inputs the model raises
         input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds = (

@@ -36,6 +36,7 @@ from .causal_nystrom_attention import (
     causal_nystrom_reference,
     causal_nystrom_step,
     context_of_whole_text,
+    has_values,
     take_slots,
 )
 from .checkpoints import load_whole
@@ -68,7 +69,7 @@ class Padding(NamedTuple):
         """`mask`: (batch, seq), nonzero at real tokens."""
         pad = mask == 0
         real = ~pad
-        if not torch.compiler.is_compiling() and bool((pad[:, 1:] >= pad[:, :-1]).all()):
+        if has_values(pad) and bool((pad[:, 1:] >= pad[:, :-1]).all()):
             return cls(real, None, None)
         order = pad.to(torch.uint8).argsort(dim=-1, stable=True)
         return cls(real, order, order.argsort(dim=-1))
@@ -292,12 +293,13 @@ class NystromformerHFDecoderModel(NystromformerHFDecoderPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        _check_inputs(input_ids, inputs_embeds)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if past_key_values is not None:
-            self._bind_cache(past_key_values)
+            self._bind_cache(past_key_values, inputs_embeds.shape[1])
         padding = self._padding(inputs_embeds, attention_mask, position_ids, past_key_values)
 
         # Attention counts the real tokens of each row itself: positions do not depend on padding or `position_ids`.
@@ -318,8 +320,13 @@ class NystromformerHFDecoderModel(NystromformerHFDecoderPreTrainedModel):
             )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
-    def _bind_cache(self, past_key_values: Cache) -> None:
-        """`ValueError` unless the cache has the layers and settings of this model."""
+    def _bind_cache(self, past_key_values: Cache, length: int) -> None:
+        """`ValueError` unless the cache has the layers and settings of this model, and room for `length` tokens.
+
+        A `DynamicCache()` without layers, made for no model in particular, gets those of this one.
+        """
+        if type(past_key_values) is DynamicCache and not past_key_values.layers:
+            past_key_values.layers = DynamicCache(config=self.config).layers
         layers = past_key_values.layers
         wrong = [type(layer).__name__ for layer in layers if not hasattr(layer, "num_complete")]
         if wrong or len(layers) != self.config.num_hidden_layers:
@@ -332,6 +339,13 @@ class NystromformerHFDecoderModel(NystromformerHFDecoderPreTrainedModel):
         settings = {name: getattr(self.config, name) for name in CACHE_SETTINGS}
         for layer in layers:
             layer.bind(**settings, regularized=self.config.inverse_regularization is not None)
+        capacity = layers[0].get_max_length()
+        total = _length_of(past_key_values) + length
+        if 0 <= capacity < total:
+            raise ValueError(
+                f"past_key_values: holds max_cache_len={capacity} tokens, but with these {length} it would be {total}; allowed "
+                f"are StaticCache(config=model.config, max_cache_len=...) of {total} or more, or DynamicCache(config=model.config)"
+            )
 
     def _padding(
         self,
@@ -343,16 +357,20 @@ class NystromformerHFDecoderModel(NystromformerHFDecoderPreTrainedModel):
         """What attention needs to know of any mask that transformers passes: None, 2D, 4D or a dict of those."""
         batch, length = inputs_embeds.shape[:2]
         mask = attention_mask.get(LAYER_TYPE) if isinstance(attention_mask, dict) else attention_mask
-        compiling = torch.compiler.is_compiling()
+        readable = has_values(inputs_embeds)
         if mask is not None and mask.dim() == 4:
             mask = _padding_of_4d_mask(mask, length)
-        past_length = 0 if past_key_values is None or compiling else int(past_key_values.get_seq_length())
+        past_length = _length_of(past_key_values)
         if mask is not None and (
             mask.dim() != 2
             or mask.shape[0] != batch
             or mask.shape[1] < length
             # A static cache comes with masks as long as itself.
-            or (not isinstance(attention_mask, dict) and not compiling and mask.shape[1] > past_length + length)
+            or (
+                not isinstance(attention_mask, dict)
+                and readable
+                and mask.shape[1] not in (length, past_length + length)
+            )
         ):
             raise ValueError(
                 f"attention_mask has shape {tuple(mask.shape)}; allowed are (batch, past + seq) = "
@@ -360,14 +378,38 @@ class NystromformerHFDecoderModel(NystromformerHFDecoderPreTrainedModel):
             )
         if mask is not None:
             mask = mask[:, -length:]
-        if not compiling and length > 1 and position_ids is not None:
+        if readable and length > 1 and position_ids is not None:
             _check_positions(position_ids, mask)
-        if mask is not None and not compiling:
+        if mask is not None and readable:
             harmless = (mask != 0) if past_key_values is not None else ((mask[:, :-1] != 0) >= (mask[:, 1:] != 0))
             if bool(harmless.all()):
                 # Nothing padded, or only behind the text, where no real token looks.
                 mask = None
         return None if mask is None else Padding.from_mask(mask)
+
+
+def _length_of(past_key_values: Cache | None) -> int:
+    """Tokens so far; 0 where nobody can tell yet."""
+    if past_key_values is None or torch.compiler.is_compiling():
+        return 0
+    length = past_key_values.get_seq_length()
+    return int(length) if isinstance(length, int) or has_values(length) else 0
+
+
+def _check_inputs(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> None:
+    """`ValueError` unless there is a text in each row."""
+    for name, inputs, axes in (
+        ("input_ids", input_ids, "(batch, seq)"),
+        ("inputs_embeds", inputs_embeds, "(batch, seq, hidden_size)"),
+    ):
+        if inputs is None:
+            continue
+        if inputs.dim() != axes.count(",") + 1:
+            raise ValueError(
+                f"{name} has shape {tuple(inputs.shape)}; allowed is {axes}, for a single text {name}[None]"
+            )
+        if inputs.shape[1] == 0:
+            raise ValueError(f"{name} has shape {tuple(inputs.shape)}; allowed are one token or more")
 
 
 def _check_labels(name: str, labels: torch.Tensor, *allowed: tuple[int, ...]) -> None:
@@ -485,7 +527,7 @@ class NystromformerHFDecoderForSequenceClassification(NystromformerHFDecoderPreT
     ) -> torch.Tensor | None:
         """The runs of pad tokens at both ends, (batch, seq); a pad token inside the text may be its end-of-text token."""
         inputs = input_ids if inputs_embeds is None else inputs_embeds
-        if inputs is None:
+        if inputs is None or inputs.dim() < 2:
             return None  # the model raises
         if inputs_embeds is not None or self.config.pad_token_id is None:
             if inputs.shape[0] == 1:
@@ -542,7 +584,7 @@ def _padding_of_4d_mask(mask: torch.Tensor, length: int) -> torch.Tensor:
     allowed = allowed & real
     # Rows of padding queries say nothing, whatever they hold.
     matters = real[..., -length:].transpose(-1, -2)
-    if not torch.compiler.is_compiling() and bool(((visible != allowed) & matters).any()):
+    if has_values(visible) and bool(((visible != allowed) & matters).any()):
         raise ValueError(
             f"attention_mask of shape {tuple(mask.shape)} hides more than padding and the future, which attention cannot "
             "follow; allowed are masks of shape (batch, past + seq)"

@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from transformers.utils.generic import maybe_autocast
 
 from .functions import apply_function
 
@@ -294,7 +295,7 @@ def nystrom_attention(
     real_tokens = _first(lengths, seq_len)
     if dropout > 0.0:
         value = value * drop_keys(value, dropout)
-    with torch.autocast(query.device.type, enabled=False):
+    with maybe_autocast(query.device.type, enabled=False):
         if seq_len <= num_landmarks:
             return F.scaled_dot_product_attention(query, key, value, attn_mask=real_tokens), None
         query, key, landmarks = choose_landmarks(query, key, num_landmarks, lengths, **landmark_options)
@@ -330,7 +331,7 @@ def nystrom_attention_eager(
     batch, _, seq_len, _ = query.shape
     real_tokens = _first(lengths, seq_len)
     kept_keys = drop_keys(value, dropout).transpose(-1, -2) if dropout > 0.0 else None
-    with torch.autocast(query.device.type, enabled=False):
+    with maybe_autocast(query.device.type, enabled=False):
         if seq_len <= num_landmarks:
             weights = _softmax_scores(query, key, real_tokens)
         else:
@@ -379,16 +380,21 @@ def value_convolution(
     Returns:
         (batch, heads, seq, head_dim) in the dtype of `value`.
     """
-    kernel_size = weight.shape[2]
     if lengths is not None:
         value = value * _first(lengths, value.shape[2]).transpose(-1, -2)
-    with torch.autocast(value.device.type, enabled=False):
+    with maybe_autocast(value.device.type, enabled=False):
         weight = weight.to(value.dtype)
         if value.device.type == "cpu" and not torch.compiler.is_compiling():
             return _BlockedConvolution.apply(value, weight[:, 0, :, 0], residual)
-        padded = F.pad(value, (0, 0, kernel_size // 2, (kernel_size - 1) // 2))
-        output = F.conv2d(padded, weight, groups=weight.shape[0])
+        output = _depthwise_convolution(value, weight)
         return output if residual is None else residual + output
+
+
+def _depthwise_convolution(value: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """`value_convolution` by torch's own kernel."""
+    kernel_size = weight.shape[2]
+    padded = F.pad(value, (0, 0, kernel_size // 2, (kernel_size - 1) // 2))
+    return F.conv2d(padded, weight, groups=weight.shape[0])
 
 
 # Tokens that one matrix product of the convolution yields. Of its band of weights, (tokens, tokens + kernel_size - 1), a
@@ -397,8 +403,8 @@ CONVOLUTION_BLOCK = 32
 
 
 class _BlockedConvolution(torch.autograd.Function):
-    """`value_convolution` of value (batch, heads, seq, head_dim) with weight (heads, kernel_size), plus residual or None; first
-    derivatives only."""
+    """`value_convolution` of value (batch, heads, seq, head_dim) with weight (heads, kernel_size), plus residual or None.
+    Derivatives beyond the first are those of `_depthwise_convolution`."""
 
     @staticmethod
     def forward(ctx, value, weight, residual):
@@ -408,11 +414,17 @@ class _BlockedConvolution(torch.autograd.Function):
         return output if residual is None else residual + output
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         value, weight = ctx.saved_tensors
         before, grad_value, grad_weight = weight.shape[1] // 2, None, None
-        with torch.autocast(grad.device.type, enabled=False):
+        with maybe_autocast(grad.device.type, enabled=False):
+            if torch.is_grad_enabled():
+                output = _depthwise_convolution(value, weight[:, None, :, None])
+                if ctx.needs_input_grad[0]:
+                    (grad_value,) = torch.autograd.grad(output, value, grad, create_graph=True)
+                if ctx.needs_input_grad[1]:
+                    (grad_weight,) = torch.autograd.grad(output, weight, grad, create_graph=True)
+                return grad_value, grad_weight, grad if ctx.needs_input_grad[2] else None
             if ctx.needs_input_grad[0]:
                 grad_value = _convolve(grad, weight.flip(1), weight.shape[1] - 1 - before)
             if ctx.needs_input_grad[1]:

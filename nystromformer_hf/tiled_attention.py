@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import torch
 
+from .derivatives import first_derivative_only
+
 
 # Queries of a block, about, and of a tile of many blocks: both as fast as any on the processors tried.
 TILE_BLOCK, TILE_SIZE = 64, 1024
@@ -178,7 +180,7 @@ class _TiledAttention(torch.autograd.Function):
         return output
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_derivative_only
     def backward(ctx, grad):
         query, key, value, far_key, far_value, output, total = ctx.saved_tensors
         dtype, scaling = output.dtype, ctx.scaling

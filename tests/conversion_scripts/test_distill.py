@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.optim.optimizer import register_optimizer_step_pre_hook
-from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
+from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, TrainerCallback, TrainingArguments
 
 from conversion_scripts import cards, distill, perplexity
 from conversion_scripts.card_facts import THIS_MODEL, read_facts
@@ -378,6 +378,12 @@ class TestRefusals:
         self.refused(
             "distill: hidden_size=32 of the student differs from 48 of the teacher", student, tmp_path / "other", text
         )
+
+    def test_a_teacher_of_another_family(self, student, text, tmp_path):
+        sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+        BertForMaskedLM(BertConfig(vocab_size=VOCABULARY, **sizes)).save_pretrained(tmp_path / "bert")
+        match = "^distill: model_type='bert' of the teacher .* allowed are llama, mistral, qwen2, qwen3$"
+        self.refused(match, student, tmp_path / "bert", text)
 
     def test_a_student_that_is_not_ours(self, teacher, text, tmp_path):
         self.refused("model_type='llama' has no near field; allowed are kermit", teacher, teacher, text)

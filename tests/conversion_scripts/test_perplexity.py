@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from transformers import BertConfig, BertForMaskedLM
 
 from conversion_scripts import perplexity
 from conversion_scripts.card_facts import Perplexity
@@ -159,6 +160,13 @@ def test_command_line(original, tmp_path, capsys):
 def test_errors_are_one_line(tmp_path, capsys):
     with pytest.raises(SystemExit, match=r"^perplexity: .* does not exist"):
         perplexity.main([str(tmp_path / "absent")])
+
+
+def test_a_model_of_another_build(original, tmp_path):
+    config = BertConfig(vocab_size=60, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48)
+    BertForMaskedLM(config).save_pretrained(tmp_path / "bert")
+    with pytest.raises(SystemExit, match=r"^perplexity: .*bert: model_type='bert' .* allowed are .* Llama is$"):
+        perplexity.main([str(tmp_path / "llama"), "--original", str(tmp_path / "bert")])
 
 
 def test_a_model_without_tokenizer(original, tmp_path):

@@ -242,6 +242,18 @@ class TestCausality:
             for other in others:
                 torch.testing.assert_close(other, reference, atol=1e-8, rtol=1e-8)
 
+    @pytest.mark.parametrize("regularized", [False, True])
+    def test_second_derivatives_of_the_reference(self, regularized):
+        tensors = [tensor.requires_grad_() for tensor in inputs(9, heads=2, kv_heads=1, batch=1, head_dim=2)]
+        gamma = gammas(True)[:2].requires_grad_()
+        if regularized:
+            tensors.append(gamma)
+
+        def form(query, key, value, gamma=None):
+            return attend("reference", query, key, value, 2, 1, 1, gamma).output
+
+        assert torch.autograd.gradgradcheck(form, tensors)
+
 
 class TestStep:
     @pytest.mark.parametrize("regularized", [False, True])

@@ -4,7 +4,7 @@ import pytest
 import transformers
 from transformers import AutoConfig, BertConfig, NystromformerConfig
 
-from nystromformer_hf import NystromformerHFConfig
+from nystromformer_hf import NystromformerHFConfig, NystromformerHFForSequenceClassification
 from tests.nystromformer_hf.helpers import in_tree_config, tiny_config
 
 
@@ -31,6 +31,8 @@ from tests.nystromformer_hf.helpers import in_tree_config, tiny_config
         ("classifier_activation", "step", "None and"),
         ("is_decoder", True, "encoder"),
         ("pad_token_id", 60, "vocab_size - 1 = 59"),
+        ("segment_means_seq_len", 64, "num_landmarks"),
+        ("inv_coeff_init_option", False, "inverse_init"),
     ],
 )
 def test_bad_fields_are_named_with_value_and_what_is_allowed(field, value, allowed):
@@ -67,6 +69,22 @@ def test_takes_over_a_configuration_of_transformers(tmp_path):
 def test_understands_the_fields_of_transformers():
     assert NystromformerHFConfig.from_nystromformer(in_tree_config(inv_coeff_init_option=True)).inverse_init == "exact"
     assert NystromformerHFConfig.from_nystromformer(in_tree_config()).inverse_init == "original"
+
+
+def test_a_published_checkpoint_means_the_same_however_it_is_loaded(tmp_path):
+    """Whoever passes it to `from_pretrained` gets what `from_nystromformer` makes of it."""
+    transformers.NystromformerForSequenceClassification(in_tree_config(num_labels=3)).save_pretrained(tmp_path)
+    source = in_tree_config(num_landmarks=64, segment_means_seq_len=16, inv_coeff_init_option=True, num_labels=3)
+    source.save_pretrained(tmp_path)
+    taken = NystromformerHFConfig.from_nystromformer(tmp_path).to_dict()
+    assert (taken["num_landmarks"], taken["inverse_init"], taken["model_type"]) == (16, "exact", "nystromformer_hf")
+    assert NystromformerHFConfig.from_pretrained(tmp_path).to_dict() == taken | {"_name_or_path": ""}
+    assert NystromformerHFConfig.from_dict(source.to_dict()).num_landmarks == 16
+    assert NystromformerHFForSequenceClassification.from_pretrained(tmp_path).config.num_landmarks == 16
+    changed, rest = NystromformerHFConfig.from_pretrained(
+        tmp_path, num_landmarks=8, num_labels=5, other=1, return_unused_kwargs=True
+    )
+    assert (changed.num_landmarks, changed.num_labels, rest) == (8, 5, {"other": 1})
 
 
 def test_landmarks_that_were_never_used_stay_unused():

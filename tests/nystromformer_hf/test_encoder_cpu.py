@@ -70,6 +70,15 @@ def close(result: torch.Tensor, exact: torch.Tensor) -> None:
     torch.testing.assert_close(result.double(), exact, rtol=0, atol=1e-5 * exact.abs().max().item())
 
 
+def test_second_derivatives_are_refused():
+    tensors = [torch.randn(1, 2, 40, 16, requires_grad=True) for _ in range(3)]
+    output = encoder_cpu.nystrom_attention_fused(*(2 * tensor for tensor in tensors), 8)
+    (gradient,) = torch.autograd.grad(output.sum(), tensors[2], create_graph=True)
+    for tensor in tensors[:2]:
+        with pytest.raises(RuntimeError, match=r"second derivatives.*attn_implementation='eager'"):
+            torch.autograd.grad(gradient.sum(), tensor, retain_graph=True)
+
+
 def test_states_in_any_layout():
     packed = torch.randn(2, 3, 100, 3, 16)
     query, key, value = packed.unbind(3)

@@ -76,6 +76,7 @@ class TestGenerate:
         assert torch.equal(generate(model, prompt), expected)
         assert torch.equal(generate(model, prompt, cache_implementation="static", disable_compile=True), expected)
         assert torch.equal(generate(model, prompt, prefill_chunk_size=4), expected)
+        assert torch.equal(generate(model, prompt, past_key_values=DynamicCache()), expected)
 
     @pytest.mark.parametrize("setting", SETTINGS)
     def test_beams(self, setting):
@@ -119,6 +120,14 @@ class TestGenerate:
         prompt = tokens(1, PROMPT)
         expected = generate(model, prompt, max_new_tokens=40)
         assert torch.equal(generate(model, prompt, assistant_model=assistant, max_new_tokens=40), expected)
+
+    @pytest.mark.parametrize("setting", SETTINGS)
+    def test_its_own_first_layer_as_the_assistant_gives_the_greedy_text(self, setting):
+        model = tiny_model(setting)
+        prompt = tokens(1, PROMPT)
+        expected = generate(model, prompt, max_new_tokens=40)
+        assert torch.equal(generate(model, prompt, assistant_early_exit=1, max_new_tokens=40), expected)
+        assert torch.equal(generate(model, prompt, max_new_tokens=40), expected)
 
     @pytest.mark.parametrize("setting", BOTH)
     def test_sampling_with_a_seed(self, setting):
@@ -212,6 +221,9 @@ class TestGenerate:
         for implementation in ("offloaded", "offloaded_static"):
             options = {"cache_implementation": implementation, "disable_compile": True}
             assert torch.equal(generate(model, input_ids, attention_mask=mask, **options), expected)
+        cache = DynamicCache(offloading=True)
+        assert torch.equal(generate(model, input_ids, attention_mask=mask, past_key_values=cache), expected)
+        assert [layer.is_offloaded for layer in cache.layers].count(True) > 0
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     @pytest.mark.parametrize("setting", SETTINGS)
@@ -242,6 +254,21 @@ class TestCompiled:
             graphs.append(counters["stats"]["unique_graphs"])
         assert graphs == [1, 1, 1]
         assert sum(counters["graph_break"].values()) == 0
+
+    @pytest.mark.parametrize("setting", BOTH)
+    @torch.no_grad()
+    def test_one_graph_of_dynamic_shapes(self, setting):
+        """Of a text and of what follows it in a dynamic cache."""
+        model = tiny_model(setting)
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend="eager", dynamic=True, fullgraph=True)
+        input_ids = tokens(2, 31)
+        expected = model(input_ids, use_cache=False).logits
+        torch.testing.assert_close(compiled(input_ids, use_cache=False).logits, expected, **CLOSE)
+        text = compiled(input_ids[:, :30], use_cache=True)
+        torch.testing.assert_close(text.logits, expected[:, :30], **CLOSE)
+        step = compiled(input_ids[:, 30:], past_key_values=text.past_key_values, use_cache=True)
+        torch.testing.assert_close(step.logits, expected[:, 30:], **CLOSE)
 
 
 class TestText:

@@ -34,6 +34,7 @@ class TestNystromformerEncoderOnTheHub(HubRoundTrip):
         "backends.py",
         "checkpoints.py",
         "cpu_kernels.py",
+        "derivatives.py",
         "encoder_cpu.py",
         "functions.py",
         "kernel_choice.py",

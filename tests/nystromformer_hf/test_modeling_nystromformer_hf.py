@@ -340,6 +340,12 @@ def test_positions_beyond_the_table_repeat_it(model):
         ({"input_ids": random_tokens(2, 4), "attention_mask": torch.ones(2, 5)}, r"attention_mask has shape \(2, 5\)"),
         ({"input_ids": random_tokens(1, 4), "attention_mask": torch.ones(1, 1, 4, 4)}, r"allowed is \(batch, seq"),
         ({"input_ids": random_tokens(2, 0)}, r"input_ids has shape \(2, 0\)"),
+        ({"input_ids": random_tokens(4)}, r"input_ids has shape \(4,\); allowed is \(batch, seq\).* input_ids\[None\]"),
+        ({"input_ids": random_tokens(1, 2, 4)}, r"input_ids has shape \(1, 2, 4\); allowed is \(batch, seq\)"),
+        (
+            {"inputs_embeds": torch.zeros(4, 32)},
+            r"inputs_embeds has shape \(4, 32\); allowed is \(batch, seq, hidden_size",
+        ),
         (
             {"input_ids": random_tokens(2, 4), "token_type_ids": random_tokens(2, 5)},
             r"token_type_ids has shape \(2, 5\); allowed is \(2, 4\)",
@@ -373,6 +379,12 @@ def test_labels_of_a_wrong_shape_are_named(auto_class, labels, allowed):
     with pytest.raises(ValueError) as error:
         model(tokens, **{field: torch.zeros(size, dtype=torch.long) for field, size in labels.items()})
     assert str(error.value) == f"{name} has shape {shape}; allowed is {allowed}"
+
+
+def test_choices_need_an_axis_of_their_own():
+    model = NystromformerHFForMultipleChoice(tiny_config())
+    with pytest.raises(ValueError, match=r"input_ids has shape \(2, 9\); allowed is \(batch, num_choices, seq\)"):
+        model(random_tokens(2, 9))
 
 
 @pytest.mark.parametrize("auto_class", AUTO_CLASSES)
@@ -427,6 +439,20 @@ def test_initialisation_is_complete_on_the_meta_device(tmp_path):
     assert not head.cls.predictions.bias.any()
     assert head.cls.predictions.decoder.bias is head.cls.predictions.bias
     assert head.cls.predictions.decoder.weight is head.get_input_embeddings().weight
+
+
+@pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("auto_class", AUTO_CLASSES)
+def test_runs_on_the_meta_device(auto_class, padded, attn_implementation):
+    """Which counts operations and memory without doing anything, and has no values to look at."""
+    shape = (2, 3, 50) if auto_class == "AutoModelForMultipleChoice" else (2, 50)
+    with torch.device("meta"):
+        model = AUTO_CLASSES[auto_class](tiny_config(attn_implementation=attn_implementation))
+        mask = torch.ones(shape, dtype=torch.long) if padded else None
+        found = model(torch.ones(shape, dtype=torch.long), attention_mask=mask)[0]
+    model.to_empty(device="cpu")
+    assert found.is_meta and found.shape == model(random_tokens(*shape))[0].shape
 
 
 def test_vocabulary_can_grow():

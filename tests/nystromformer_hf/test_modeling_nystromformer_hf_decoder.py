@@ -426,6 +426,27 @@ class TestCache:
             assert_rows_are_those_alone(model, logits, input_ids, mask, **CLOSE)
             assert int(cache.get_seq_length()) == 40
 
+    def test_a_cache_that_was_made_for_no_model(self):
+        model, cache = tiny_model(), DynamicCache()
+        input_ids = tokens(2, 30)
+        with torch.no_grad():
+            expected = model(input_ids, use_cache=False).logits
+        torch.testing.assert_close(feed(model, cache, input_ids, [20, 1, 9]), expected, **CLOSE)
+        assert cache.get_seq_length() == 30
+
+    @pytest.mark.parametrize("setting", SETTINGS)
+    def test_a_static_cache_that_is_full(self, setting):
+        model = tiny_model(setting)
+        input_ids = tokens(2, 41)
+        with pytest.raises(ValueError, match=r"holds max_cache_len=40 tokens.* would be 41.* of 41 or more"):
+            feed(model, StaticCache(config=model.config, max_cache_len=40), input_ids, [41])
+        cache = StaticCache(config=model.config, max_cache_len=40)
+        expected = feed(model, cache, input_ids[:, :40], [39, 1])
+        with pytest.raises(ValueError, match="max_cache_len=40"):
+            feed(model, cache, input_ids[:, 40:], [1])
+        cache.reset()
+        assert torch.equal(feed(model, cache, input_ids[:, :40], [39, 1]), expected)
+
     @pytest.mark.parametrize("setting", SETTINGS)
     def test_eager_reads_its_cache_too(self, setting):
         model = tiny_model(setting, implementation="eager")
@@ -783,7 +804,9 @@ class TestBatchOperations:
         with pytest.raises(ValueError, match="past_key_values"):
             feed(model, cache, tokens(1, 2), [2])
         with pytest.raises(ValueError, match=r"past_key_values.*DynamicCache\(config=model.config\)"):
-            model(tokens(1, 5), past_key_values=DynamicCache())
+            model(tokens(1, 5), past_key_values=DynamicCache(config=LlamaConfig(num_hidden_layers=2)))
+        with pytest.raises(ValueError, match=r"past_key_values.*StaticCache\(config=model.config"):
+            model(tokens(1, 5), past_key_values=StaticCache(LlamaConfig(num_hidden_layers=2), max_cache_len=9))
         cache = DynamicCache(config=model.config)
         text = tokens(2, 30)
         feed(model, cache, text[:, :20], [20])
@@ -821,6 +844,24 @@ class TestHeads:
         output = model(input_ids, attention_mask=mask, labels=labels)
         torch.testing.assert_close(output.loss, torch.nn.functional.cross_entropy(output.logits, labels))
 
+    @pytest.mark.parametrize("kind", [None, "dynamic", "static"])
+    @pytest.mark.parametrize("padded", [False, True])
+    @pytest.mark.parametrize("auto", HEADS)
+    @pytest.mark.parametrize("setting", ["pooled", "regularized_conv"])
+    def test_runs_on_the_meta_device(self, setting, auto, padded, kind):
+        """Which counts operations and memory without doing anything, and has no values to look at."""
+        with torch.device("meta"):
+            model = HEADS[auto](tiny_config(setting))
+            input_ids = torch.ones(2, 50, dtype=torch.long)
+            inputs = {"attention_mask": input_ids} if padded else {}
+            inputs["position_ids"] = torch.arange(50).expand(2, -1)
+            cache = StaticCache(config=model.config, max_cache_len=60) if kind == "static" else None
+            whole = model(input_ids, past_key_values=cache, use_cache=kind is not None, **inputs)
+            assert whole[0].is_meta and whole[0].shape[0] == 2
+            if kind is not None:
+                step = model(input_ids[:, :1], attention_mask=input_ids[:, :1], past_key_values=whole.past_key_values)
+                assert step[0].is_meta and step[0].shape[0] == 2
+
     def test_dropout_does_something(self):
         model = tiny_model(attention_dropout=0.5).train()
         input_ids = tokens(1, 30)
@@ -841,6 +882,23 @@ class TestHeads:
         input_ids = tokens(2, 30)
         with torch.no_grad():
             assert torch.equal(loaded(input_ids)[0], model(input_ids)[0])
+
+    def test_fewer_layers_than_the_checkpoint(self, tmp_path):
+        """As Llama: the first ones, with a cache of as many, saved and loaded again."""
+        model = tiny_model()
+        model.save_pretrained(tmp_path / "two")
+        loaded = NystromformerHFDecoderForCausalLM.from_pretrained(tmp_path / "two", num_hidden_layers=1).eval()
+        loaded.save_pretrained(tmp_path / "one")
+        again = NystromformerHFDecoderForCausalLM.from_pretrained(tmp_path / "one").eval()
+        config = NystromformerHFDecoderConfig(**{**model.config.to_dict(), "num_hidden_layers": 3})
+        assert [len(c.layer_types) for c in (loaded.config, again.config, model.config, config)] == [1, 1, 2, 3]
+        model.model.layers, model.config.num_hidden_layers = model.model.layers[:1], 1
+        input_ids = tokens(2, 30)
+        with torch.no_grad():
+            expected = model(input_ids, use_cache=False).logits
+        for fewer in (loaded, again, model):
+            logits = feed(fewer, DynamicCache(config=fewer.config), input_ids, [20, 10])
+            torch.testing.assert_close(logits, expected, **CLOSE)
 
     def test_a_checkpoint_that_lacks_weights(self, tmp_path):
         tiny_model("pooled").save_pretrained(tmp_path)
@@ -901,6 +959,23 @@ class TestBadInput:
         with pytest.raises(ValueError, match="attention_mask") as error:
             tiny_model()(tokens(2, 10), attention_mask=torch.ones(shape, dtype=torch.long))
         assert str(tuple(shape)) in str(error.value) and "(2, 10)" in str(error.value)
+
+    @pytest.mark.parametrize("length", [1, 4, 31, 33])
+    def test_mask_of_wrong_length_behind_a_cache(self, length):
+        model = tiny_model()
+        cache = model(tokens(2, 30), use_cache=True).past_key_values
+        with pytest.raises(ValueError, match=rf"attention_mask has shape \(2, {length}\).*\(2, 32\)"):
+            model(tokens(2, 2), attention_mask=torch.ones(2, length, dtype=torch.long), past_key_values=cache)
+
+    @pytest.mark.parametrize("shape", [(2, 0), (5,), (1, 2, 5)])
+    @pytest.mark.parametrize("head", HEADS.values())
+    def test_inputs_of_wrong_shape(self, head, shape):
+        allowed = "one token or more" if shape == (2, 0) else r"\(batch, seq"
+        for name, inputs in {"input_ids": tokens(*shape), "inputs_embeds": torch.zeros(*shape, 32)}.items():
+            with pytest.raises(ValueError, match=rf"{name} has shape .*; allowed (is|are) {allowed}"):
+                tiny_model(head=head)(attention_mask=torch.ones(shape), **{name: inputs})
+        with pytest.raises(ValueError, match="input_ids has shape"):
+            tiny_model(head=head)(tokens(*shape))
 
     def test_4d_mask_that_hides_more(self):
         visible = torch.ones(2, 1, 10, 10, dtype=torch.bool).tril()

@@ -81,6 +81,27 @@ def test_gradients_are_those_of_the_function():
         torch.autograd.gradcheck(lambda *x, n=lengths: na.nystrom_attention(*x, 3, lengths=n)[0], inputs)
 
 
+@pytest.mark.parametrize("options", [{}, {"inverse_regularization": 0.1}, {"refinement_steps": 1}])
+def test_second_derivatives_of_the_eager_form(options):
+    """With the convolution, as `attn_implementation="eager"` has it."""
+    weight = torch.randn(2, 1, 4, 1, dtype=torch.float64, requires_grad=True)
+    for seq_len, lengths in ((6, None), (7, None), (7, torch.tensor([2, 6]))):
+        inputs = [x.requires_grad_() for x in draw(2, seq_len, heads=2, head_dim=3)]
+
+        def attend(query, key, value, weight, lengths=lengths):
+            output, _ = na.nystrom_attention_eager(query, key, value, 3, lengths, **options)
+            return na.value_convolution(value, weight, lengths, output)
+
+        assert torch.autograd.gradgradcheck(attend, (*inputs, weight))
+
+
+def test_second_derivatives_of_the_convolution_alone():
+    """Which a gradient that does not depend on the output needs as well."""
+    value, _, residual = (x.requires_grad_() for x in draw(2, 40, heads=2, head_dim=3))
+    weight = torch.randn(2, 1, 5, 1, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda v, w, r: na.value_convolution(v, w, None, r), (value, weight, residual))
+
+
 def test_padding_has_no_influence_and_no_gradient():
     query, key, value = (x.requires_grad_() for x in draw(3, 40))
     lengths = torch.tensor([9, 16, 33])

@@ -104,6 +104,17 @@ class TestTiledAttention:
         tensors = [tensor.requires_grad_() for tensor in inputs()]
         assert torch.autograd.gradcheck(lambda *t: tiled_attention(*t, tiles, 0.4), tensors, fast_mode=True)
 
+    @pytest.mark.parametrize("loss", [torch.sum, lambda output: output.square().sum()])
+    def test_second_derivatives_are_refused(self, loss):
+        """To any of the inputs, also in front of them, where torch would leave the attention out."""
+        tiles, tensors = some_tiles(), [tensor.requires_grad_() for tensor in inputs()]
+        for first in range(len(tensors)):
+            for second in range(len(tensors)):
+                output = loss(tiled_attention(*(2 * tensor for tensor in tensors), tiles, 0.4))
+                (gradient,) = torch.autograd.grad(output, tensors[first], create_graph=True)
+                with pytest.raises(RuntimeError, match=r"second derivatives.*attn_implementation='eager'"):
+                    torch.autograd.grad(gradient.sum(), tensors[second])
+
 
 class TestWhereItServes:
     @staticmethod

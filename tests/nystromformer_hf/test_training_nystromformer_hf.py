@@ -12,6 +12,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from transformers import (
     DataCollatorForLanguageModeling,
+    DataCollatorForMultipleChoice,
     DataCollatorForTokenClassification,
     DataCollatorWithPadding,
     PreTrainedTokenizerFast,
@@ -166,20 +167,28 @@ def test_resuming_continues_the_same_run(tmp_path):
 
 # Of one length, since a question's softmax runs over the padding too, of which a smaller batch has less.
 QA_ROWS = [{"input_ids": list(range(5 + i, 30 + i)), "start_positions": i, "end_positions": 3 + i} for i in range(8)]
+CHOICE_ROWS = [
+    {"input_ids": [text[:8], text[-8:], text[1:9]], "labels": i % 3} for i, text in enumerate(sentences()[:8])
+]
+NUMBER_ROWS = [{"input_ids": text, "labels": len(text) / 40} for text in sentences()[:8]]
+SEVERAL_ROWS = [{"input_ids": text, "labels": [1.0, 0.0, float(text[1] % 2)]} for text in sentences()[:8]]
 
 
 @pytest.mark.parametrize(
-    ("head", "dataset", "collator"),
+    ("head", "num_labels", "dataset", "collator"),
     [
-        (NystromformerHFForMaskedLM, MLM_ROWS, DataCollatorForTokenClassification),
-        (NystromformerHFForTokenClassification, TOKEN_ROWS, DataCollatorForTokenClassification),
-        (NystromformerHFForSequenceClassification, labelled_sentences()[:8], DataCollatorWithPadding),
-        (NystromformerHFForQuestionAnswering, QA_ROWS, DataCollatorWithPadding),
+        (NystromformerHFForMaskedLM, 3, MLM_ROWS, DataCollatorForTokenClassification),
+        (NystromformerHFForTokenClassification, 3, TOKEN_ROWS, DataCollatorForTokenClassification),
+        (NystromformerHFForSequenceClassification, 3, labelled_sentences()[:8], DataCollatorWithPadding),
+        (NystromformerHFForSequenceClassification, 1, NUMBER_ROWS, DataCollatorWithPadding),
+        (NystromformerHFForSequenceClassification, 3, SEVERAL_ROWS, DataCollatorWithPadding),
+        (NystromformerHFForQuestionAnswering, 3, QA_ROWS, DataCollatorWithPadding),
+        (NystromformerHFForMultipleChoice, 3, CHOICE_ROWS, DataCollatorForMultipleChoice),
     ],
 )
-def test_accumulated_gradients_are_those_of_the_big_batch(head, dataset, collator, tmp_path):
+def test_accumulated_gradients_are_those_of_the_big_batch(head, num_labels, dataset, collator, tmp_path):
     """Texts, and so parts of a batch, count different numbers of labels; no dropout, which would differ."""
-    config = tiny_config(num_labels=3, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    config = tiny_config(num_labels=num_labels, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     plain, weights = head(config).state_dict(), []
     for batch_size, steps in ((8, 1), (2, 4)):
         model = head(config)
