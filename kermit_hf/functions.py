@@ -22,8 +22,8 @@ def first_derivative_only(backward: Callable) -> Callable:
     def checked(ctx, *grads):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError(
-                "create_graph=True: this form of attention has first derivatives only; second ones need "
-                'attn_implementation="eager"'
+                "create_graph=True: second derivatives are not implemented for this form of attention; allowed is "
+                "attn_implementation='eager'"
             )
         return backward(ctx, *grads)
 

@@ -3,7 +3,7 @@
 import torch
 
 from .cpu_kernels import contiguous_rows, load_cpu_kernels
-from .derivatives import first_derivative_only
+from .functions import first_derivative_only
 
 
 def nystrom_attention_fused(

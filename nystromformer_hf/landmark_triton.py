@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from .derivatives import first_derivative_only
+from .functions import first_derivative_only
 from .triton_tiles import dot, load, padded, store, take_up, tile_dtype, tl, triton
 
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from .derivatives import first_derivative_only
+from .functions import first_derivative_only
 
 
 # Queries of a block, about, and of a tile of many blocks: both as fast as any on the processors tried.

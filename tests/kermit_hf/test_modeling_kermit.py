@@ -720,7 +720,7 @@ def test_second_derivatives(setting):
     difference = gradient(states + step * direction) - gradient(states - step * direction)
     torch.testing.assert_close(product, difference / (2 * step), atol=0.02 * float(product.abs().max()), rtol=0)
     model.set_attn_implementation("sdpa")
-    with pytest.raises(RuntimeError, match=r"create_graph=True.*eager"):
+    with pytest.raises(RuntimeError, match=r"second derivatives.*attn_implementation='eager'"):
         gradient(states, create_graph=True)
 
 
@@ -740,7 +740,7 @@ def test_an_exported_model_computes_the_same(setting):
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("setting", ["delta", "additive", "delta_longer_than_text", "hybrid"])
+@pytest.mark.parametrize("setting", ["delta", "delta_longer_than_text"])
 def test_one_graph_serves_lengths_of_as_many_blocks(setting):
     """Its sizes follow from numbers of blocks; written with the length alone, sympy took minutes over them."""
     sizes = []
@@ -752,7 +752,7 @@ def test_one_graph_serves_lengths_of_as_many_blocks(setting):
         return graph.forward
 
     torch._dynamo.reset()
-    model = tiny_model(setting)
+    model = tiny_model(setting, num_hidden_layers=1)
     compiled = torch.compile(model, backend=note_sizes, dynamic=True, fullgraph=True)
     for length in (100, 118):
         input_ids = tokens(1, length)

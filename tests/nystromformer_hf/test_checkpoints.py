@@ -78,7 +78,7 @@ def test_missing_keys_of_the_body_are_named(saved):
     )
     del weights[gone]
     save_file(weights, path, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=re.escape(f"it lacks {gone}") + "$"):
+    with pytest.raises(ValueError, match=re.escape(f"it lacks {gone}. A checkpoint of another model is")):
         head.from_pretrained(folder)
     _, info = head.from_pretrained(folder, output_loading_info=True)
     assert info["missing_keys"] == {gone}

@@ -34,7 +34,6 @@ class TestNystromformerEncoderOnTheHub(HubRoundTrip):
         "backends.py",
         "checkpoints.py",
         "cpu_kernels.py",
-        "derivatives.py",
         "encoder_cpu.py",
         "functions.py",
         "kernel_choice.py",

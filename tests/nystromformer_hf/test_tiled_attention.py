@@ -108,12 +108,10 @@ class TestTiledAttention:
     def test_second_derivatives_are_refused(self, loss):
         """To any of the inputs, also in front of them, where torch would leave the attention out."""
         tiles, tensors = some_tiles(), [tensor.requires_grad_() for tensor in inputs()]
-        for first in range(len(tensors)):
-            for second in range(len(tensors)):
-                output = loss(tiled_attention(*(2 * tensor for tensor in tensors), tiles, 0.4))
-                (gradient,) = torch.autograd.grad(output, tensors[first], create_graph=True)
-                with pytest.raises(RuntimeError, match=r"second derivatives.*attn_implementation='eager'"):
-                    torch.autograd.grad(gradient.sum(), tensors[second])
+        for tensor in tensors:
+            output = loss(tiled_attention(*(2 * tensor for tensor in tensors), tiles, 0.4))
+            with pytest.raises(RuntimeError, match=r"second derivatives.*attn_implementation='eager'"):
+                torch.autograd.grad(output, tensor, create_graph=True)
 
 
 class TestWhereItServes:
