@@ -201,8 +201,7 @@ class KermitKernelAttention(KermitSoftmaxAttention):
         """What goes into the output projection for one token, (batch, 1, heads * head_dim), where a backend computes it in one call, as
         for a cache that is steady; None elsewhere."""
         config = self.config
-        state = cache.steady_state(hidden_states.shape[0], config.num_key_value_heads, self.head_dim)
-        if state is None or config.update_rule != "delta" or config._attn_implementation == "eager":
+        if config.update_rule != "delta" or config.window_size == 0 or config._attn_implementation == "eager":
             return None
         if self.training and self.attention_dropout > 0.0:
             return None
@@ -216,9 +215,14 @@ class KermitKernelAttention(KermitSoftmaxAttention):
             "far_norm": self.far_norm.weight,
         }
         norms = [norm for norm in (query_norm, key_norm, self.far_norm) if norm is not None]
-        states = hidden_states, *weights.values(), *state.values()
-        step = find_layer_step(config.update_rule, self.feature_map, norms, *states)
-        if step is None or (state["conv_tail"] is not None and state["conv_tail"].shape[1] != len(self.conv_weight)):
+        step = find_layer_step(config.update_rule, self.feature_map, norms, hidden_states, *weights.values())
+        if step is None:
+            return None
+        # After the choice of a kernel: it looks at numbers, which tracing and the meta device do not have.
+        state = cache.steady_state(hidden_states.shape[0], config.num_key_value_heads, self.head_dim)
+        if state is None or state["keys"].dtype != hidden_states.dtype:
+            return None
+        if config.conv_kernel_size and state["conv_tail"].shape[1] != len(self.conv_weight):
             return None
         output, state = step(
             self.q_proj(hidden_states),

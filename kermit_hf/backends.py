@@ -20,7 +20,8 @@ all. Inside of `torch.compile` everything is PyTorch's.
              GPU with triton 3.4 to 3.7.0
 
 For single tokens (decoding), where no gradient is needed, "cpp" has kernels of their own, also of windows that nothing has left yet,
-and one of everything between the projections of a layer with the delta rule and "silu_l2"; "triton" and "fla" have none. Explicit weights always are PyTorch's.
+and one of everything between the projections of a layer with the delta rule and "silu_l2"; "triton" and "fla" have none. Explicit
+weights always are PyTorch's.
 """
 
 from collections.abc import Callable

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from transformers import DynamicCache, StaticCache
 
-from kermit_hf import kernel_backend, step_cpu
+from kermit_hf import KermitForCausalLM, kernel_backend, step_cpu
 from kermit_hf.cpu_kernels import cpu_misfit
 from kermit_hf.kermit_attention import rotate
 from kermit_hf.step_cpu import (
@@ -22,7 +22,7 @@ from kermit_hf.window_attention import FarField
 from tests.kermit_hf import oracles
 from tests.kermit_hf.test_delta_cpu import every_second, transposed
 from tests.kermit_hf.test_kernel_attention import Inputs, assert_close, make_inputs, oracle
-from tests.kermit_hf.tiny_models import SETTINGS, place, tiny_model, tokens
+from tests.kermit_hf.tiny_models import SETTINGS, VOCABULARY, place, tiny_config, tiny_model, tokens
 from tests.threads import assert_equal_on_any_number_of_threads
 
 
@@ -351,6 +351,25 @@ def test_rows_of_different_lengths_in_one_call(calls):
     # The shortest one begins with two tokens, and is steady with ten.
     assert calls.count("delta_layer_step") == 2 * (60 - 39)
     assert_close(actual[mask[:, 29:] == 1], expected[mask[:, 29:] == 1], 1e-4)
+
+
+def test_without_numbers_to_look_at_it_is_left_to_torch(calls):
+    """On the meta device, and in a compiled step, with a cache of padded rows."""
+    mask = torch.ones(2, 30, dtype=torch.long)
+    mask[0, :5] = 0
+    with torch.no_grad(), kernel_backend("compiled"):
+        with torch.device("meta"):
+            model = KermitForCausalLM(tiny_config("delta"))
+            cache = model(tokens(2, 30), attention_mask=mask.to("meta")).past_key_values
+            assert model(tokens(2, 1), past_key_values=cache).logits.shape == (2, 1, VOCABULARY)
+        model, input_ids = tiny_model("delta"), tokens(2, 31)
+        caches = [model(input_ids[:, :-1], attention_mask=mask).past_key_values for _ in range(2)]
+        torch._dynamo.reset()
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        calls.clear()
+        logits = compiled(input_ids[:, -1:], past_key_values=caches[0]).logits
+        assert not calls
+        assert_close(logits, model(input_ids[:, -1:], past_key_values=caches[1]).logits.double(), 1e-4)
 
 
 def test_a_copied_cache_goes_its_own_way():
