@@ -16,7 +16,7 @@ help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 test: $(VENV)/.stamp-test  ## run the tests (ARGS go to pytest)
-	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow" $(ARGS)
 
 demo: $(VENV)/.stamp-demo  ## train, evaluate and generate with a small KERMIT (ARGS="--help" lists the options)
 	$(BIN)/python -m kermit_hf.quickstart $(ARGS)

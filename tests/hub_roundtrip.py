@@ -109,13 +109,12 @@ class HubRoundTrip:
 
     def test_any_head_loads_without_the_package(self, hub: HubServer, pushed: dict[str, dict], tmp_path: Path) -> None:
         """The pushed head is the same model, the others have its backbone, and the pushed code builds all of them."""
-        for auto_class in self.pushed_heads:
-            source, folder = self.repo_id(auto_class), tmp_path / auto_class
-            steps = [
-                {"do": "load_config", "source": source},
-                {"do": "load", "source": source, "auto_classes": list(self.heads)},
-            ]
-            config, models = run_session(steps, hub.environment(folder / "home"), folder, without=self.package)
+        sources = [self.repo_id(auto_class) for auto_class in self.pushed_heads]
+        steps = [{"do": "load_config", "source": source} for source in sources]
+        steps += [{"do": "load", "source": source, "auto_classes": list(self.heads)} for source in sources]
+        loaded = run_session(steps, hub.environment(tmp_path / "home"), tmp_path, without=self.package)
+        configs, models_of_heads = loaded[: len(sources)], loaded[len(sources) :]
+        for auto_class, config, models in zip(self.pushed_heads, configs, models_of_heads, strict=True):
             assert config["class"] == self.config_class
             assert config["module"].startswith("transformers_modules.")
             assert_same_model(models[auto_class], pushed[auto_class])

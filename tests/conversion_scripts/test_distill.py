@@ -265,47 +265,61 @@ def test_batches_of_a_step_count_as_one(loss, student, teacher, tmp_path):
         torch.testing.assert_close(apart[name], gradient, rtol=1e-4, atol=1e-5 * float(gradient.abs().max()), msg=name)
 
 
-# What the second process must not do, it cannot do.
+# Several runs, one after the other. What the second process must not do, it cannot do.
 ONLY_THE_FIRST_WRITES = """
-import os, sys
+import json, os, sys
 from conversion_scripts import distill, perplexity
 if os.environ["RANK"] == "1":
     distill.atomic_folder = distill.write_card = distill.check_output = perplexity.measure = None
-distill.main(sys.argv[1:])
+for number, arguments in enumerate(json.loads(sys.argv[1])):
+    if number and os.environ["RANK"] == "0":
+        print("next run")
+    distill.main(arguments)
 """
 
 
 class TestTwoProcesses:
-    @pytest.mark.parametrize(
-        "extra",
-        [
-            ("--transfer-steps", "4", "--far-bias", "0", "--loss", "kl"),
-            ("--weights", "own", "--far-bias", "0", "--gradient-accumulation-steps", "2"),
-            ("--variant", "softmax", "--steps", "0"),
-        ],
+    EXTRAS = (
+        ("--transfer-steps", "4", "--far-bias", "0", "--loss", "kl"),
+        ("--weights", "own", "--far-bias", "0", "--gradient-accumulation-steps", "2"),
+        ("--variant", "softmax", "--steps", "0"),
     )
-    def test_result_is_that_of_one_process(self, extra, student, teacher, text, tmp_path, capsys):
+
+    def test_results_are_those_of_one_process(self, student, teacher, text, tmp_path, capsys):
+        together, alone, printed = [], [], []
+        for number, extra in enumerate(self.EXTRAS):
+            alone.append(tmp_path / f"alone-{number}")
+            run(student, teacher, text, *extra, "--batch-size", "2").rename(alone[-1])
+            printed.append(capsys.readouterr().out)
+            arguments = options(student, teacher, text, *extra, "--batch-size", "1")
+            together.append([f"{path}-{number}" if Path(path).name == "healed" else path for path in arguments])
+        names = {path.name for path in tmp_path.iterdir()}
+        main, other = run_two_processes("-c", ONLY_THE_FIRST_WRITES, json.dumps(together))
+
+        assert {path.name for path in tmp_path.iterdir()} == names | {f"healed-{n}" for n in range(len(self.EXTRAS))}
+        assert other.stdout == ""
+        texts = main.stdout.split("next run\n")
+        assert len(texts) == len(self.EXTRAS)
+        for number in range(len(self.EXTRAS)):
+            self.check(
+                tmp_path / "student", alone[number], tmp_path / f"healed-{number}", printed[number], texts[number]
+            )
+
+    def check(self, student: Path, folder_alone: Path, folder: Path, printed_alone: str, printed: str) -> None:
         def losses(printed: str) -> list[float]:
             return [float(loss) for loss in re.findall(r"'loss': '([^']+)'", printed)]
 
-        run(student, teacher, text, *extra, "--batch-size", "2").rename(tmp_path / "alone")
-        printed, names = capsys.readouterr().out, {path.name for path in tmp_path.iterdir()}
-        arguments = options(student, teacher, text, *extra, "--batch-size", "1")
-        main, other = run_two_processes("-c", ONLY_THE_FIRST_WRITES, *arguments)
-
-        assert {path.name for path in tmp_path.iterdir()} == names | {"healed"}
-        assert other.stdout == ""
-        assert main.stdout.count("trained parameters") == printed.count("trained parameters")
-        assert main.stdout.count("load it with") == 1
-        alone, together = read_facts(tmp_path / "alone"), read_facts(tmp_path / "healed")
+        assert printed.count("trained parameters") == printed_alone.count("trained parameters")
+        assert printed.count("load it with") == 1
+        alone, together = read_facts(folder_alone), read_facts(folder)
         for ours, theirs in zip(together.stages[1:], alone.stages[1:], strict=True):
             assert ours.training.settings.pop("processes") == 2
             assert ours.training.settings == theirs.training.settings
             assert (ours.training.steps, ours.training.tokens) == (theirs.training.steps, theirs.training.tokens)
-        assert losses(main.stdout) == pytest.approx(losses(printed), rel=1e-3)  # they are printed with four digits
+        assert losses(printed) == pytest.approx(losses(printed_alone), rel=1e-3)  # they are printed with four digits
         for name, values in alone.perplexity.perplexity.items():
             assert together.perplexity.perplexity[name] == pytest.approx(values, rel=1e-4), name
-        before, expected, after = (weights(tmp_path / name) for name in ("student", "alone", "healed"))
+        before, expected, after = weights(student), weights(folder_alone), weights(folder)
         for name in expected:
             # Adam divides each gradient by its size, and so magnifies the rounding of the smallest ones.
             start = torch.zeros_like(before[name]) if name.endswith("far_bias") else before[name]
