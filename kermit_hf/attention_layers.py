@@ -201,20 +201,24 @@ class KermitKernelAttention(KermitSoftmaxAttention):
         """What goes into the output projection for one token, (batch, 1, heads * head_dim), where a backend computes it in one call, as
         for a cache that is steady; None elsewhere."""
         config = self.config
-        if config.update_rule != "delta" or config.window_size == 0 or config._attn_implementation == "eager":
+        if config.window_size == 0 or config._attn_implementation == "eager":
             return None
         if self.training and self.attention_dropout > 0.0:
             return None
+        is_delta = config.update_rule == "delta"
         query_norm, key_norm = (self.q_norm, self.k_norm) if config.use_qk_norm else (None, None)
+        far_norm = self.far_norm if is_delta else None
         weights = {
             "conv_weight": self.conv_weight if config.conv_kernel_size else None,
             "query_norm": None if query_norm is None else query_norm.weight,
             "key_norm": None if key_norm is None else key_norm.weight,
             "far_query": self.far_query,
             "far_bias": self.far_bias,
-            "far_norm": self.far_norm.weight,
+            "far_norm": None if far_norm is None else far_norm.weight,
+            "query_projection": getattr(self.feature_map, "query_projection", None),
+            "key_projection": getattr(self.feature_map, "key_projection", None),
         }
-        norms = [norm for norm in (query_norm, key_norm, self.far_norm) if norm is not None]
+        norms = [norm for norm in (query_norm, key_norm, far_norm) if norm is not None]
         step = find_layer_step(config.update_rule, self.feature_map, norms, hidden_states, *weights.values())
         if step is None:
             return None
@@ -228,12 +232,12 @@ class KermitKernelAttention(KermitSoftmaxAttention):
             self.q_proj(hidden_states),
             self.k_proj(hidden_states),
             self.v_proj(hidden_states),
-            self.write_proj(hidden_states),
+            self.write_proj(hidden_states) if is_delta else None,
             self.forget_proj(hidden_states) if config.forget_gate else None,
             state,
             weights,
             rotary,
-            self.far_norm.variance_epsilon,
+            config.rms_norm_eps,
             self.scaling,
         )
         cache.advance(**state)

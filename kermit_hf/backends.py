@@ -20,7 +20,7 @@ all. Inside of `torch.compile` everything is PyTorch's.
              GPU with triton 3.4 to 3.7.0
 
 For single tokens (decoding), where no gradient is needed, "cpp" has kernels of their own, also of windows that nothing has left yet,
-and one of everything between the projections of a layer with the delta rule and "silu_l2"; "triton" and "fla" have none. Explicit
+and one of everything between the projections of a layer with "silu_l2", "elu" or "hedgehog"; "triton" and "fla" have none. Explicit
 weights always are PyTorch's.
 """
 
@@ -35,13 +35,22 @@ from packaging.version import Version
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from .cpu_kernels import are_compiled, takes_cpu_tensors
-from .feature_maps import EluFeatureMap, FavorFeatureMap, FeatureMap, SiluL2FeatureMap, TaylorFeatureMap
+from .feature_maps import (
+    EluFeatureMap,
+    FavorFeatureMap,
+    FeatureMap,
+    HedgehogFeatureMap,
+    SiluL2FeatureMap,
+    TaylorFeatureMap,
+)
 from .kernel_attention import KernelReadout
 from .kernel_choice import KernelChoice, device_misfit, fits_kernels
 from .window_attention import WindowOutput, window_blocked
 
 
 MAX_COORDINATES = 64
+# Feature maps of which a layer's step is one kernel, as step_cpu.cpp numbers them.
+LAYER_MAPS = (SiluL2FeatureMap, EluFeatureMap, HedgehogFeatureMap)
 
 
 class Kernel(NamedTuple):
@@ -108,12 +117,12 @@ def find_window_step(query: torch.Tensor, *others: torch.Tensor) -> Callable[...
 def find_layer_step(
     update_rule: str, feature_map: FeatureMap, norms: list[Callable], *states: torch.Tensor | None
 ) -> Callable | None:
-    """What to run between the projections of a layer for a token whose window is full; None where there is nothing: it has the delta
-    rule with "silu_l2", gives no gradients and calls no hooks of norms. states: and weights, the first one not None.
+    """What to run between the projections of a layer for a token whose window is full; None where there is nothing: it has "silu_l2",
+    "elu" and "hedgehog", gives no gradients and calls no hooks of norms. states: and weights, the first one not None.
 
     Raises `ValueError` if the chosen backend cannot run on their device.
     """
-    if update_rule != "delta" or type(feature_map) is not SiluL2FeatureMap or not feature_map.unit_norm:
+    if type(feature_map) not in LAYER_MAPS or feature_map.unit_norm != (update_rule == "delta"):
         return None
     if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or not CHOICE.serves("cpp", states[0]):
         return None
@@ -121,9 +130,9 @@ def find_layer_step(
         return None
     if any(type(norm) is not LlamaRMSNorm or _is_hooked(norm) for norm in norms):
         return None
-    from .step_cpu import delta_layer_step_fused
+    from .step_cpu import layer_step_fused
 
-    return delta_layer_step_fused
+    return partial(layer_step_fused, feature_map=LAYER_MAPS.index(type(feature_map)))
 
 
 def find_kernel(

@@ -147,6 +147,7 @@ class KermitCacheLayer(CacheLayerMixin):
             "sink_keys": self.sink_keys,
             "sink_values": self.sink_values,
             "matrix": self.memory.matrix,
+            "normalizer": self.memory.normalizer,
             "conv_tail": self.conv_tail,
         }
 
@@ -155,13 +156,14 @@ class KermitCacheLayer(CacheLayerMixin):
         keys: torch.Tensor,
         values: torch.Tensor,
         matrix: torch.Tensor,
+        normalizer: torch.Tensor | None,
         conv_tail: torch.Tensor | None,
         **gates: torch.Tensor | None,
     ) -> None:
         """Takes the `steady_state` of one token later."""
         self.keys, self.values, self.conv_tail = keys, values, conv_tail
         self.gates = {name: gates[name] for name in self.gates}
-        self.memory = KernelMemory(matrix)
+        self.memory = KernelMemory(matrix, normalizer)
         self.cumulative_length += 1
         if self.num_real is not None:
             self.num_real = self.num_real + 1

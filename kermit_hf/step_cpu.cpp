@@ -232,15 +232,19 @@ at::Tensor window_step(const at::Tensor& query, const at::Tensor& key, const at:
 
 // Far field.
 
-// silu(x) / max(|silu(x)|, MIN_NORM)
+void map_silu(int64_t width, const float* from, float* to) {
+  for (int64_t i = 0; i < width; i++) to[i] = from[i] / (1.0f + std::exp(-from[i]));
+}
+
+// row / max(|row|, MIN_NORM), in place
+void normalize(int64_t width, float* row) {
+  const float factor = 1.0f / std::max(std::sqrt(dot(width, row, row)), MIN_NORM);
+  for (int64_t i = 0; i < width; i++) row[i] *= factor;
+}
+
 void map_silu_l2(int64_t width, const float* from, float* to) {
-  float squares = 0.0f;
-  for (int64_t i = 0; i < width; i++) {
-    to[i] = from[i] / (1.0f + std::exp(-from[i]));
-    squares += to[i] * to[i];
-  }
-  const float factor = 1.0f / std::max(std::sqrt(squares), MIN_NORM);
-  for (int64_t i = 0; i < width; i++) to[i] *= factor;
+  map_silu(width, from, to);
+  normalize(width, to);
 }
 
 // exp(min(x, 0)) + max(x, 0)
@@ -249,7 +253,27 @@ void map_elu(int64_t width, const float* from, float* to) {
     to[i] = std::exp(std::min(std::max(from[i], -40.0f), 0.0f)) + std::max(from[i], 0.0f);
 }
 
-// Writes (log_forget, keep) one token into the memory of a head and reads it: matrix' = decay matrix + key written^T.
+// Softmax of a row (width), by a scratch of whole vectors.
+void softmax(int64_t width, const float* from, float* scratch, float* to) {
+  const int64_t padded = round_up(width);
+  const float largest = *std::max_element(from, from + width);
+  std::copy(from, from + width, scratch);
+  std::fill(scratch + width, scratch + padded, -std::numeric_limits<float>::infinity());
+  const float share = 1.0f / exponentials(padded, largest, scratch);
+  for (int64_t i = 0; i < width; i++) to[i] = share * scratch[i];
+}
+
+// softmax(x W) and softmax(-x W), of W (dim, width).
+void map_hedgehog(int64_t dim, int64_t width, const float* projection, const float* from, float* to) {
+  Scratch projected(width), scratch(round_up(width));
+  std::fill(projected + 0, projected + width, 0.0f);
+  for (int64_t i = 0; i < dim; i++) add_scaled(width, from[i], projection + i * width, projected);
+  softmax(width, projected, scratch, to);
+  for (int64_t i = 0; i < width; i++) projected[i] = -projected[i];
+  softmax(width, projected, scratch, to + width);
+}
+
+// Writes one token into the memory of a head and reads it: matrix' = decay matrix + key written^T.
 // numerators: of the queries, (groups, dim) each.
 void write_and_read(const Sizes& sizes, float decay, const float* key, const float* written, const float* queries,
                     const float* matrix, float* renewed, float* numerators) {
@@ -387,48 +411,71 @@ MaybeTensor made_like(const MaybeTensor& tensor) {
   return tensor ? MaybeTensor(at::empty_like(*tensor)) : MaybeTensor();
 }
 
-// Everything between the projections of a layer with the delta rule and "silu_l2" and its output projection, of texts
-// whose window (batch, kv_heads, window, dim) is full of real tokens and has all sinks behind it. All tensors are
-// whole.
+// As backends.py numbers them.
+enum FeatureMap : int64_t { SILU, ELU, HEDGEHOG };
+
+// Features of a row (dim); projection: of its head, for HEDGEHOG.
+void map_features(FeatureMap map, bool unit_norm, int64_t dim, int64_t features, const float* projection,
+                  const float* from, float* to) {
+  if (map == SILU)
+    map_silu(dim, from, to);
+  else if (map == ELU)
+    map_elu(dim, from, to);
+  else
+    map_hedgehog(dim, features / 2, projection, from, to);
+  if (unit_norm) normalize(features, to);
+}
+
+// Everything between the projections of a layer and its output projection, of texts whose window (batch, kv_heads,
+// window, dim) is full of real tokens and has all sinks behind it. All tensors are whole. With a normalizer the rule is
+// the additive one, without the delta rule, whose features have unit norm.
 //
-// projected (batch, 1, channels): queries, keys and values, before the convolution (channels, 1, taps), if there is
-// one, whose past is conv_tail (batch, channels, taps - 1); write_logit, forget_logit (batch, 1, kv_heads): gates
-// before their sigmoid; write_strength, log_forget (batch, kv_heads, window): those of the window; query_norm, key_norm
-// (dim): weights, if there are any; far_query (heads, dim), far_bias (heads), far_norm (dim); cos, sin (window + 1,
-// dim).
+// query, key, value (batch, 1, channels each), before the convolution (channels, 1, taps), if there is one, whose past
+// is conv_tail (batch, channels, taps - 1); write_logit, forget_logit (batch, 1, kv_heads): gates before their sigmoid;
+// write_strength, log_forget (batch, kv_heads, window): those of the window; query_norm, key_norm (dim): weights, if
+// there are any; matrix (batch, kv_heads, features, dim), normalizer (batch, kv_heads, features); far_query (heads,
+// dim), far_bias (heads), far_norm (dim); query_projection, key_projection (heads, dim, features / 2) of HEDGEHOG; cos,
+// sin (window + 1, dim).
 //
-// Returns the output (batch, 1, heads * dim), then keys, values, write_strength, matrix, log_forget and conv_tail with
-// the new token.
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, MaybeTensor, MaybeTensor> delta_layer_step(
-    const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const at::Tensor& write_logit,
-    const MaybeTensor& forget_logit, const MaybeTensor& conv_weight, const MaybeTensor& conv_tail,
-    const MaybeTensor& query_norm, const MaybeTensor& key_norm, const at::Tensor& keys, const at::Tensor& values,
-    const at::Tensor& write_strength, const MaybeTensor& log_forget, const at::Tensor& sink_keys,
-    const at::Tensor& sink_values, const at::Tensor& matrix, const at::Tensor& far_query, const at::Tensor& far_bias,
-    const at::Tensor& far_norm, const at::Tensor& cos, const at::Tensor& sin, double norm_eps, double scaling) {
+// Returns the output (batch, 1, heads * dim), then keys, values, write_strength, matrix, normalizer, log_forget and
+// conv_tail with the new token.
+std::tuple<at::Tensor, at::Tensor, at::Tensor, MaybeTensor, at::Tensor, MaybeTensor, MaybeTensor, MaybeTensor>
+layer_step(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const MaybeTensor& write_logit,
+           const MaybeTensor& forget_logit, const MaybeTensor& conv_weight, const MaybeTensor& conv_tail,
+           const MaybeTensor& query_norm, const MaybeTensor& key_norm, const at::Tensor& keys, const at::Tensor& values,
+           const MaybeTensor& write_strength, const MaybeTensor& log_forget, const at::Tensor& sink_keys,
+           const at::Tensor& sink_values, const at::Tensor& matrix, const MaybeTensor& normalizer,
+           const at::Tensor& far_query, const at::Tensor& far_bias, const MaybeTensor& far_norm,
+           const MaybeTensor& query_projection, const MaybeTensor& key_projection, const at::Tensor& cos,
+           const at::Tensor& sin, int64_t feature_map, double norm_eps, double scaling) {
   const int64_t batch_size = keys.size(0), kv_heads = keys.size(1), window = keys.size(2), dim = keys.size(3);
-  const int64_t heads = far_bias.size(0), taps = conv_weight ? conv_weight->size(2) : 1;
-  const Sizes sizes(batch_size, heads, kv_heads, dim, dim);
+  const int64_t heads = far_bias.size(0), features = matrix.size(2), taps = conv_weight ? conv_weight->size(2) : 1;
+  const Sizes sizes(batch_size, heads, kv_heads, dim, dim), far_sizes(batch_size, heads, kv_heads, features, dim);
+  const FeatureMap map = static_cast<FeatureMap>(feature_map);
+  const bool is_additive = normalizer.has_value();
   const int64_t groups = sizes.groups(), channels = (heads + 2 * kv_heads) * dim;
   const float eps = static_cast<float>(norm_eps), scale = static_cast<float>(scaling);
 
   at::Tensor output = at::empty({batch_size, 1, heads * dim}, query.options());
   at::Tensor new_keys = at::empty_like(keys), new_values = at::empty_like(values);
-  at::Tensor new_strength = at::empty_like(write_strength), new_matrix = at::empty_like(matrix);
+  at::Tensor new_matrix = at::empty_like(matrix);
+  const MaybeTensor new_strength = made_like(write_strength), new_normalizer = made_like(normalizer);
   const MaybeTensor new_forget = made_like(log_forget), new_tail = made_like(conv_tail);
   float *forget_to = new_data_of(new_forget), *tail_to = new_data_of(new_tail);
+  float *strength_to = new_data_of(new_strength), *sums_to = new_data_of(new_normalizer);
   float *outputs = output.mutable_data_ptr<float>(), *keys_to = new_keys.mutable_data_ptr<float>();
-  float *values_to = new_values.mutable_data_ptr<float>(), *strength_to = new_strength.mutable_data_ptr<float>();
-  float* matrix_to = new_matrix.mutable_data_ptr<float>();
+  float *values_to = new_values.mutable_data_ptr<float>(), *matrix_to = new_matrix.mutable_data_ptr<float>();
   const float *key_from = keys.const_data_ptr<float>(), *value_from = values.const_data_ptr<float>();
-  const float *strength_from = write_strength.const_data_ptr<float>(), *matrix_from = matrix.const_data_ptr<float>();
+  const float *strength_from = data_of(write_strength), *matrix_from = matrix.const_data_ptr<float>();
+  const float* sums_from = data_of(normalizer);
   const float *forget_from = data_of(log_forget), *tail_from = data_of(conv_tail), *taps_of = data_of(conv_weight);
   const float *queries = query.const_data_ptr<float>(), *own_keys = key.const_data_ptr<float>();
-  const float *own_values = value.const_data_ptr<float>(), *writes = write_logit.const_data_ptr<float>();
+  const float *own_values = value.const_data_ptr<float>(), *writes = data_of(write_logit);
   const float *forgets = data_of(forget_logit), *norm_of_queries = data_of(query_norm),
               *norm_of_keys = data_of(key_norm);
   const float *directions = far_query.const_data_ptr<float>(), *biases = far_bias.const_data_ptr<float>();
-  const float* norm_of_far = far_norm.const_data_ptr<float>();
+  const float *norm_of_far = data_of(far_norm), *of_queries = data_of(query_projection),
+              *of_keys = data_of(key_projection);
   // With the new token's, slots begin with the second one of `cos`.
   const Near near{Tokens(new_keys),
                   Tokens(new_values),
@@ -441,10 +488,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, MaybeTens
                   sin.const_data_ptr<float>() + sin.stride(0),
                   cos.stride(0),
                   sin.stride(0)};
-  for_heads(sizes, 4 * window * dim, [&](int64_t batch, int64_t kv_head) {
+  for_heads(sizes, (4 * window + 2 * features) * dim, [&](int64_t batch, int64_t kv_head) {
     const int64_t index = batch * kv_heads + kv_head, head = kv_head * groups, row = window * dim;
-    Scratch own((groups + 2) * dim), mapped((groups + 1) * dim), written(dim), far_values(groups * dim);
-    float *own_key = own + groups * dim, *own_value = own_key + dim, *far_key = mapped + groups * dim;
+    Scratch own((groups + 2) * dim), mapped((groups + 1) * features), written(dim), far_values(groups * dim);
+    float *own_key = own + groups * dim, *own_value = own_key + dim, *far_key = mapped + groups * features;
 
     const auto take = [&](int64_t count, const float* from, int64_t channel, float* to) {
       if (!taps_of) return void(std::copy(from, from + count, to));
@@ -460,19 +507,29 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, MaybeTens
     }
 
     // The oldest token leaves the window and enters the memory.
-    const float* old_matrix = matrix_from + index * dim * dim;
+    const float* old_matrix = matrix_from + index * features * dim;
     const float *leaving_key = key_from + index * row, *leaving_value = value_from + index * row;
-    const float strength = strength_from[index * window];
     const float decay = forget_from ? decay_of_log(forget_from[index * window]) : 1.0f;
-    map_silu_l2(dim, leaving_key, far_key);
-    for (int64_t j = 0; j < groups; j++) map_silu_l2(dim, own + j * dim, mapped + j * dim);
-    replace(dim, dim, strength, decay, far_key, leaving_value, old_matrix, written);
-    write_and_read(sizes, decay, far_key, written, mapped, old_matrix, matrix_to + index * dim * dim, far_values);
+    const auto map_row = [&](const float* projections, int64_t of_head, const float* from, float* to) {
+      const float* projection = projections ? projections + of_head * dim * (features / 2) : nullptr;
+      map_features(map, !is_additive, dim, features, projection, from, to);
+    };
+    map_row(of_keys, kv_head, leaving_key, far_key);
+    for (int64_t j = 0; j < groups; j++) map_row(of_queries, head + j, own + j * dim, mapped + j * features);
+    float* own_sums = is_additive ? sums_to + index * features : nullptr;
+    if (is_additive)
+      renew(features, decay, sums_from + index * features, 1.0f, far_key, own_sums);
+    else
+      replace(features, dim, strength_from[index * window], decay, far_key, leaving_value, old_matrix, written);
+    write_and_read(far_sizes, decay, far_key, is_additive ? leaving_value : written, mapped, old_matrix,
+                   matrix_to + index * features * dim, far_values);
 
     append_row(window, dim, key_from + index * row, own_key, keys_to + index * row);
     append_row(window, dim, value_from + index * row, own_value, values_to + index * row);
-    const float own_strength = sigmoid(writes[index]);
-    append_row(window, 1, strength_from + index * window, &own_strength, strength_to + index * window);
+    if (strength_from) {
+      const float own_strength = sigmoid(writes[index]);
+      append_row(window, 1, strength_from + index * window, &own_strength, strength_to + index * window);
+    }
     if (forget_from) {
       const float logit = forgets[index], own_decay = std::min(logit, 0.0f) - std::log1p(std::exp(-std::abs(logit)));
       append_row(window, 1, forget_from + index * window, &own_decay, forget_to + index * window);
@@ -481,13 +538,19 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, MaybeTens
     attend_near(
         near, sizes, batch, kv_head, 0, near.num_sinks, scale, [&](int64_t j) { return own + j * dim; },
         [&](int64_t j) {
-          rms_norm(dim, norm_of_far, eps, far_values + j * dim);
+          float* far_value = far_values + j * dim;
           const float logit = dot(dim, directions + (head + j) * dim, own + j * dim) + biases[head + j];
-          return Far{far_values + j * dim, logit};
+          if (!is_additive) {
+            rms_norm(dim, norm_of_far, eps, far_value);
+            return Far{far_value, logit};
+          }
+          const float total = std::max(dot(features, mapped + j * features, own_sums), MIN_DENOMINATOR);
+          for (int64_t i = 0; i < dim; i++) far_value[i] /= total;
+          return Far{far_value, logit + std::log(total)};
         },
         [&](int64_t j) { return outputs + (batch * heads + head + j) * dim; });
   });
-  return {output, new_keys, new_values, new_strength, new_matrix, new_forget, new_tail};
+  return {output, new_keys, new_values, new_strength, new_matrix, new_normalizer, new_forget, new_tail};
 }
 
 }  // namespace
@@ -505,16 +568,17 @@ TORCH_LIBRARY_FRAGMENT(kermit_hf, m) {
       "additive_step(Tensor query, Tensor key, Tensor value, Tensor? log_forget, Tensor? key_mask, Tensor matrix, "
       "Tensor normalizer, bool elu, bool divides) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "delta_layer_step(Tensor query, Tensor key, Tensor value, Tensor write_logit, Tensor? forget_logit, Tensor? "
-      "conv_weight, Tensor? conv_tail, Tensor? query_norm, Tensor? key_norm, Tensor keys, Tensor values, Tensor "
-      "write_strength, Tensor? log_forget, Tensor sink_keys, Tensor sink_values, Tensor matrix, Tensor far_query, "
-      "Tensor far_bias, Tensor far_norm, Tensor cos, Tensor sin, float norm_eps, float scaling) -> (Tensor, Tensor, "
-      "Tensor, Tensor, Tensor, Tensor?, Tensor?)");
+      "layer_step(Tensor query, Tensor key, Tensor value, Tensor? write_logit, Tensor? forget_logit, Tensor? "
+      "conv_weight, Tensor? conv_tail, Tensor? query_norm, Tensor? key_norm, Tensor keys, Tensor values, Tensor? "
+      "write_strength, Tensor? log_forget, Tensor sink_keys, Tensor sink_values, Tensor matrix, Tensor? normalizer, "
+      "Tensor far_query, Tensor far_bias, Tensor? far_norm, Tensor? query_projection, Tensor? key_projection, "
+      "Tensor cos, Tensor sin, int feature_map, float norm_eps, float scaling) -> (Tensor, Tensor, Tensor, Tensor?, "
+      "Tensor, Tensor?, Tensor?, Tensor?)");
 }
 
 TORCH_LIBRARY_IMPL(kermit_hf, CPU, m) {
   m.impl("window_step", window_step);
   m.impl("delta_step", delta_step);
   m.impl("additive_step", additive_step);
-  m.impl("delta_layer_step", delta_layer_step);
+  m.impl("layer_step", layer_step);
 }

@@ -1,6 +1,6 @@
 """One token at a time as kernels for CPUs, in float32: `window_step`, with positions and sinks, and the steps of both rules, with
-elementwise feature maps, each in one call; and in one call everything between the projections of a layer in its default
-settings. They have no gradients: where one is needed, the kernels of whole texts serve. See step_cpu.cpp."""
+elementwise feature maps, each in one call; and in one call everything between the projections of a layer with a window. They have
+no gradients: where one is needed, the kernels of whole texts serve. See step_cpu.cpp."""
 
 import torch
 
@@ -11,8 +11,8 @@ from .kernel_attention import KernelMemory, KernelReadout
 from .window_attention import FarField
 
 
-# What `delta_layer_step` returns behind the output.
-RENEWED = ("keys", "values", "write_strength", "matrix", "log_forget", "conv_tail")
+# What `layer_step` returns behind the output.
+RENEWED = ("keys", "values", "write_strength", "matrix", "normalizer", "log_forget", "conv_tail")
 
 
 def need_gradient(*tensors: torch.Tensor | None) -> bool:
@@ -51,27 +51,29 @@ def window_step_fused(
     )
 
 
-def delta_layer_step_fused(
+def layer_step_fused(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    write_logit: torch.Tensor,
+    write_logit: torch.Tensor | None,
     forget_logit: torch.Tensor | None,
     state: dict[str, torch.Tensor | None],
     weights: dict[str, torch.Tensor | None],
     rotary: tuple[torch.Tensor, torch.Tensor],
     norm_eps: float,
     scaling: float,
+    feature_map: int,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor | None]]:
-    """Convolution, norms, gates, near and far field of one token, for the delta rule with "silu_l2".
+    """Convolution, norms, gates, near and far field of one token, for either rule: the additive one if the state has a normalizer.
 
     Args:
         query, key, value: projected, (batch, 1, heads * head_dim) each.
-        write_logit, forget_logit: (batch, 1, kv_heads), before their sigmoid.
+        write_logit, forget_logit: (batch, 1, kv_heads), before their sigmoid; None without that gate.
         state: see `KermitCacheLayer.steady_state`.
         weights: conv_weight (channels, 1, taps); query_norm, key_norm and far_norm (head_dim); far_query (heads, head_dim);
-            far_bias (heads). None for a convolution or norms that the layer does not have.
+            far_bias (heads); query_projection and key_projection (heads, head_dim, feature_dim). None for what a layer does not have.
         rotary: cosine and sine of slot numbers, both (window + 1, head_dim).
+        feature_map: its number in `backends.LAYER_MAPS`.
 
     Returns (batch, 1, heads * head_dim) and the state with the new token, without gradients.
     """
@@ -79,7 +81,7 @@ def delta_layer_step_fused(
     given = {"query": query, "key": key, "value": value, "write_logit": write_logit, "forget_logit": forget_logit}
     given |= state | weights | {"cos": rotary[0], "sin": rotary[1]}
     given = {name: None if tensor is None else tensor.contiguous() for name, tensor in given.items()}
-    output, *renewed = kernels.delta_layer_step(**given, norm_eps=norm_eps, scaling=scaling)
+    output, *renewed = kernels.layer_step(**given, feature_map=feature_map, norm_eps=norm_eps, scaling=scaling)
     return output, dict(zip(RENEWED, renewed, strict=True))
 
 

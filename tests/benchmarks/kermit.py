@@ -136,10 +136,12 @@ def transformers_gated_delta() -> Callable[..., torch.Tensor]:
 
 
 def time_decoding(lengths: tuple[int, ...], limits: Limits) -> Iterator[list[Result | Skipped]]:
-    """KERMIT as `generate()` runs it by default, on PyTorch and with our kernels, and with a static cache and `torch.compile`; a
-    Llama of the same body with the default cache."""
+    """KERMIT, also one such as a conversion of a Llama makes, as `generate()` runs it by default, on PyTorch and with our kernels, and
+    with a static cache and `torch.compile`; a Llama of the same body with the default cache."""
     torch.manual_seed(0)
     kermit = KermitForCausalLM(KermitConfig(**body(), window_size=WINDOW)).eval()
+    converted = {"window_size": WINDOW, "update_rule": "additive", "conv_kernel_size": 0}
+    additive = KermitForCausalLM(KermitConfig(**body(), **converted)).eval()
     llama = LlamaForCausalLM(LlamaConfig(**body())).eval()
     static = partial(StaticCache, config=kermit.config, max_cache_len=2 * max(lengths))
     prompt = partial(fill_by_prompt, kermit)
@@ -147,13 +149,16 @@ def time_decoding(lengths: tuple[int, ...], limits: Limits) -> Iterator[list[Res
     decoders = {
         "Llama": Decoder(llama, partial(DynamicCache, config=llama.config), at_random, rewind=True),
         "KERMIT": Decoder(kermit, partial(DynamicCache, config=kermit.config), prompt),
+        ADDITIVE: Decoder(additive, partial(DynamicCache, config=additive.config), partial(fill_by_prompt, additive)),
         "KERMIT, static cache, compiled": Decoder(torch.compile(kermit, fullgraph=True), static, prompt),
     }
     if are_compiled(kernel_backend):
-        decoders[compiled("KERMIT")] = decoders["KERMIT"]._replace(backend=partial(kernel_backend, "cpp"))
+        for name in ("KERMIT", ADDITIVE):
+            decoders[compiled(name)] = decoders[name]._replace(backend=partial(kernel_backend, "cpp"))
     return compare_decoding(decoders, {length: Place(length) for length in lengths}, limits)
 
 
+ADDITIVE = "KERMIT, additive"
 PURE = ("additive", "gated delta")
 NEAR_AND_FAR = "additive + window 128"
 EVERYONE = (*LINEAR, *map(compiled, LINEAR))
@@ -196,9 +201,13 @@ SECTIONS = {
         time_decoding,
         CONTEXTS,
         (
-            Flat("KERMIT", 1.1),
-            Flat(compiled("KERMIT"), 1.1),
-            *(Faster(compiled("KERMIT"), "Llama", context, 1.0) for context in CONTEXTS if context >= 1024),
+            *(Flat(name, 1.1) for name in ("KERMIT", ADDITIVE, compiled("KERMIT"), compiled(ADDITIVE))),
+            *(
+                Faster(compiled(name), "Llama", context, 1.0)
+                for name in ("KERMIT", ADDITIVE)
+                for context in CONTEXTS
+                if context >= 1024
+            ),
             Flat("KERMIT, static cache, compiled", 1.1),
             Faster("KERMIT, static cache, compiled", "Llama", 32768, 25.0),
         ),

@@ -288,10 +288,10 @@ def test_a_model_decodes_as_it_reads(setting, side, calls):
         with kernel_backend("cpp"):
             actual = decode(model, input_ids, mask, 3)
     layers = model.config.layer_types.count("kernel_attention")
-    near = calls.count("window_step") + calls.count("delta_layer_step")
+    near = calls.count("window_step") + calls.count("layer_step")
     assert near == (37 * layers if model.config.window_size else 0)
     rule = model.config.update_rule
-    assert bool({f"{rule}_step", f"{rule}_layer_step"} & set(calls)) == (model.config.window_size < 40)
+    assert bool({f"{rule}_step", "layer_step"} & set(calls)) == (model.config.window_size < 40)
     seen = mask[:, 2:] == 1
     # Rounding passes through two or three layers whose weights are large.
     assert_close(actual[seen], expected[seen], 1e-4)
@@ -305,7 +305,7 @@ def test_generation_writes_the_same(calls):
     assert not calls
     with kernel_backend("cpp"):
         assert torch.equal(model.generate(prompt, **options), expected)
-    assert "delta_layer_step" in calls
+    assert "layer_step" in calls
 
 
 LAYERS = {
@@ -321,6 +321,13 @@ LAYERS = {
     "narrow_heads": {"head_dim": 2},
     "wide_heads": {"head_dim": 36, "num_key_value_heads": 4},
     "one_key_value_head": {"num_key_value_heads": 1},
+    "elu": {"feature_map": "elu"},
+    "hedgehog": {"feature_map": "hedgehog", "feature_dim": 5, "num_key_value_heads": 1},
+    "additive": {"update_rule": "additive"},
+    "additive_elu": {"update_rule": "additive", "feature_map": "elu", "use_qk_norm": True},
+    "additive_hedgehog": {"update_rule": "additive", "feature_map": "hedgehog", "feature_dim": 9},
+    "additive_without_gate": {"update_rule": "additive", "forget_gate": False, "conv_kernel_size": 0},
+    "additive_one_token_window": {"update_rule": "additive", "window_size": 1, "num_sink_tokens": 0},
 }
 
 
@@ -334,22 +341,23 @@ def test_a_layer_in_one_call(name, calls):
             expected = exact(input_ids).logits[:, 19:]
         with kernel_backend("cpp"):
             actual = decode(model, input_ids, torch.ones_like(input_ids), 20)
-    assert calls[-60:] == ["delta_layer_step"] * 60
+    assert calls[-60:] == ["layer_step"] * 60
     # Rounding passes through two layers whose weights are large, and the norms round to float32 in both.
     assert_close(actual, expected, 2e-5)
 
 
-def test_rows_of_different_lengths_in_one_call(calls):
+@pytest.mark.parametrize("setting, sinks", [("delta", 2), ("additive", 3)])
+def test_rows_of_different_lengths_in_one_call(setting, sinks, calls):
     """Once all of them have filled the window and left the sinks behind."""
-    model = tiny_model("delta")
+    model = tiny_model(setting)
     input_ids, mask = place([tokens(60), tokens(35), tokens(31)], "left")
     with torch.no_grad():
         with kernel_backend("torch"):
             expected = model(input_ids, attention_mask=mask).logits[:, 29:]
         with kernel_backend("cpp"):
             actual = decode(model, input_ids, mask, 30)
-    # The shortest one begins with two tokens, and is steady with ten.
-    assert calls.count("delta_layer_step") == 2 * (60 - 39)
+    # The shortest one begins with one token, and is steady once it has those of the window and the sinks.
+    assert calls.count("layer_step") == 2 * (60 - 29 - 8 - sinks)
     assert_close(actual[mask[:, 29:] == 1], expected[mask[:, 29:] == 1], 1e-4)
 
 
@@ -372,9 +380,10 @@ def test_without_numbers_to_look_at_it_is_left_to_torch(calls):
         assert_close(logits, model(input_ids[:, -1:], past_key_values=caches[1]).logits.double(), 1e-4)
 
 
-def test_a_copied_cache_goes_its_own_way():
+@pytest.mark.parametrize("setting", ["delta", "additive"])
+def test_a_copied_cache_goes_its_own_way(setting):
     """A step leaves what it read as it was."""
-    model, input_ids = tiny_model("delta"), tokens(1, 30)
+    model, input_ids = tiny_model(setting), tokens(1, 30)
     with torch.no_grad(), kernel_backend("cpp"):
         cache = model(input_ids, use_cache=True).past_key_values
         before = [[tensor.clone() for tensor in layer.tensors()] for layer in cache.layers]
@@ -385,7 +394,8 @@ def test_a_copied_cache_goes_its_own_way():
     assert all(
         tensor.data_ptr() not in {other.data_ptr() for other in tensors if other.numel()}
         for layer, tensors in zip(cache.layers, kept, strict=True)
-        for tensor in (layer.keys, layer.values, layer.memory.matrix, layer.conv_tail, *layer.gates.values())
+        for tensor in (layer.keys, layer.values, *layer.memory, layer.conv_tail, *layer.gates.values())
+        if tensor is not None
     )
 
 
@@ -405,9 +415,10 @@ def hook_the_norm(model) -> None:
     model.model.layers[1].self_attn.far_norm.register_forward_hook(lambda module, args, output: 2 * output)
 
 
-@pytest.mark.parametrize("case", ["hooks", "elu", "no_window", "recording", "static", "short", "offloaded"])
+@pytest.mark.parametrize("case", ["hooks", "dpfp", "taylor", "no_window", "recording", "static", "short", "offloaded"])
 def test_other_layers_are_left_to_other_forms(case, calls):
-    changes = {"elu": {"feature_map": "elu"}, "no_window": {"window_size": 0, "num_sink_tokens": 0}}
+    changes = {"dpfp": {"feature_map": "dpfp"}, "no_window": {"window_size": 0, "num_sink_tokens": 0}}
+    changes["taylor"] = {"update_rule": "additive", "feature_map": "taylor"}
     model, length = tiny_model("delta", **changes.get(case, {})), 9 if case == "short" else 30
     if case == "hooks":
         hook_the_norm(model)
@@ -425,7 +436,7 @@ def test_other_layers_are_left_to_other_forms(case, calls):
                 elif case == "offloaded":
                     layer.offload()
             actual = model(input_ids[:, -1:], past_key_values=cache).logits
-    assert "delta_layer_step" not in calls
+    assert "layer_step" not in calls
     assert_close(actual, expected, 1e-4)
 
 
@@ -490,9 +501,10 @@ def test_a_step_with_gradients_is_left_to_forms_that_have_them(setting, trained,
         assert (gradients[1][name] - expected).abs().max() < 1e-4 * (expected.abs().max() + 0.01 * largest), name
 
 
+@pytest.mark.parametrize("setting", ["delta", "additive"])
 @pytest.mark.parametrize("options", [{"dtype": torch.float64}, {"dtype": torch.bfloat16}, {"implementation": "eager"}])
-def test_other_dtypes_and_explicit_weights_are_left_to_torch(options, calls):
-    model = tiny_model("delta", implementation=options.get("implementation")).to(options.get("dtype", torch.float32))
+def test_other_dtypes_and_explicit_weights_are_left_to_torch(setting, options, calls):
+    model = tiny_model(setting, implementation=options.get("implementation")).to(options.get("dtype", torch.float32))
     input_ids = tokens(1, 24)
     with torch.no_grad(), kernel_backend("cpp"):
         decode(model, input_ids, torch.ones_like(input_ids), 20)
