@@ -2,7 +2,7 @@
 
 "compiled", unless another is chosen: on a CPU those in C++, where they have been compiled. Those for GPUs have only run through
 Triton's interpreter yet. With "auto" every backend is taken for tensors on the device it is made for, if it can run there; that in
-C++ is compiled where it has not been. Inside of `torch.compile` PyTorch's serve, whatever is chosen.
+C++ is compiled where it has not been. On the meta device and inside of `torch.compile` PyTorch's serve, whatever is chosen.
 """
 
 import os
@@ -50,9 +50,9 @@ class KernelChoice:
             self.chosen = before
 
     def serves(self, name: str, tensor: torch.Tensor) -> bool:
-        """Whether a backend is to be taken for this tensor; none is inside of `torch.compile`, which cannot look into the launch of a
-        kernel. Raises `ValueError` if it is the chosen one and cannot run."""
-        if self.chosen == "torch" or torch.compiler.is_compiling():
+        """Whether a backend is to be taken for this tensor; none is on the meta device, where nothing is computed, and inside of
+        `torch.compile`, which cannot look into the launch of a kernel. Raises `ValueError` if it is the chosen one and cannot run."""
+        if self.chosen == "torch" or tensor.device.type == "meta" or torch.compiler.is_compiling():
             return False
         if self.chosen == "compiled":
             return name == "cpp" and tensor.device.type == "cpu" and self.are_compiled()

@@ -11,7 +11,7 @@ import torch
 
 from kermit_hf import FEATURE_MAPS, KermitForCausalLM, backends, kernel_backend
 from kermit_hf.kernel_choice import KernelChoice
-from tests.kermit_hf.tiny_models import tiny_model, tokens
+from tests.kermit_hf.tiny_models import VOCABULARY, tiny_config, tiny_model, tokens
 from tests.triton_kernels import run_python
 
 
@@ -279,6 +279,13 @@ def new_choice() -> KernelChoice:
     """As the package makes it when it is imported."""
     choice = backends.CHOICE
     return KernelChoice("KERMIT_BACKEND", choice.packages, choice.misfit, choice.are_compiled)
+
+
+@pytest.mark.parametrize("backend", ["compiled", "auto", "cpp"])
+def test_the_meta_device_is_left_to_torch(backend):
+    """Where nothing is computed a backend that is named has nothing to refuse."""
+    with kernel_backend(backend), torch.device("meta"):
+        assert KermitForCausalLM(tiny_config())(tokens(2, 20)).logits.shape == (2, 20, VOCABULARY)
 
 
 def test_the_choice_is_no_part_of_a_model():

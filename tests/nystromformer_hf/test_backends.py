@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from nystromformer_hf import backends, kernel_backend
+from nystromformer_hf import NystromformerHFConfig, NystromformerHFModel, backends, kernel_backend
 from nystromformer_hf.kernel_choice import KernelChoice
 from tests.nystromformer_hf.decoder_models import tiny_model, tokens
 from tests.triton_kernels import run_python
@@ -160,6 +160,14 @@ def new_choice() -> KernelChoice:
     """As the package makes it when it is imported."""
     choice = backends.CHOICE
     return KernelChoice("NYSTROMFORMER_BACKEND", choice.packages, choice.misfit, choice.are_compiled)
+
+
+@pytest.mark.parametrize("backend", ["compiled", "auto", "cpp"])
+def test_the_meta_device_is_left_to_torch(backend):
+    """Where nothing is computed a backend that is named has nothing to refuse."""
+    config = NystromformerHFConfig(hidden_size=16, num_attention_heads=2, num_hidden_layers=1, num_landmarks=4)
+    with kernel_backend(backend), torch.device("meta"):
+        assert NystromformerHFModel(config)(tokens(2, 20)).last_hidden_state.shape == (2, 20, 16)
 
 
 def test_the_choice_is_no_part_of_a_model():
