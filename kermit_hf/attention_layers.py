@@ -237,7 +237,7 @@ class KermitKernelAttention(KermitSoftmaxAttention):
             state,
             weights,
             rotary,
-            config.rms_norm_eps,
+            norms[0].variance_epsilon if norms else 0.0,
             self.scaling,
         )
         cache.advance(**state)

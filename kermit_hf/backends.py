@@ -10,7 +10,7 @@ chosen: those for GPUs have not run on one yet, only through Triton's interprete
 or the environment variable KERMIT_BACKEND, which also reaches model code that was loaded from the Hub. With "auto" "cpp" takes
 what it has a kernel for on a CPU where it can be compiled; on a GPU "triton", then "fla" where it is installed; and PyTorch the
 rest. A backend that is named leaves to PyTorch what it has no kernel for, too, but raises `ValueError` where it cannot run at
-all. Inside of `torch.compile` everything is PyTorch's.
+all. Inside of `torch.compile` and on the meta device everything is PyTorch's.
 
     cpp      far field: both rules with any feature map, and the norm behind the delta rule; near field, without dropout, merged
              with any far field; in float32
@@ -118,7 +118,7 @@ def find_layer_step(
     update_rule: str, feature_map: FeatureMap, norms: list[Callable], *states: torch.Tensor | None
 ) -> Callable | None:
     """What to run between the projections of a layer for a token whose window is full; None where there is nothing: it has "silu_l2",
-    "elu" and "hedgehog", gives no gradients and calls no hooks of norms. states: and weights, the first one not None.
+    "elu" and "hedgehog", gives no gradients, calls no hooks of norms and has one epsilon for all of them. states: and weights, the first one not None.
 
     Raises `ValueError` if the chosen backend cannot run on their device.
     """
@@ -129,6 +129,8 @@ def find_layer_step(
     if not takes_cpu_tensors(*(tensor for tensor in states if tensor is not None)):
         return None
     if any(type(norm) is not LlamaRMSNorm or _is_hooked(norm) for norm in norms):
+        return None
+    if len({norm.variance_epsilon for norm in norms}) > 1:
         return None
     from .step_cpu import layer_step_fused
 

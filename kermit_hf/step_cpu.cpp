@@ -1,6 +1,7 @@
 // One token at a time, as in decoding: `window_step` with rotary positions and sinks, `delta_step` and `additive_step`
-// of window_attention.py and kernel_attention.py, with their feature maps where these are elementwise. There is too
-// little to do for operators of PyTorch, each of which costs more than its arithmetic: here a step is one call.
+// of window_attention.py and kernel_attention.py, with their feature maps where these are elementwise, and
+// `layer_step`, all of it and what lies around. There is too little to do for operators of PyTorch, each of which costs
+// more than its arithmetic: here a step is one call.
 //
 // States are float32, (batch, heads, 1, dim) or (batch, kv_heads, slots, dim), the last axis contiguous. One task is
 // one key/value head of one text, with the query heads that share it.
@@ -427,15 +428,15 @@ void map_features(FeatureMap map, bool unit_norm, int64_t dim, int64_t features,
 }
 
 // Everything between the projections of a layer and its output projection, of texts whose window (batch, kv_heads,
-// window, dim) is full of real tokens and has all sinks behind it. All tensors are whole. With a normalizer the rule is
-// the additive one, without the delta rule, whose features have unit norm.
+// window, dim) is full of real tokens and has all sinks behind it. All tensors are whole. The rule is the additive
+// one if there is a normalizer, and otherwise the delta rule, whose features have unit norm.
 //
 // query, key, value (batch, 1, channels each), before the convolution (channels, 1, taps), if there is one, whose past
 // is conv_tail (batch, channels, taps - 1); write_logit, forget_logit (batch, 1, kv_heads): gates before their sigmoid;
 // write_strength, log_forget (batch, kv_heads, window): those of the window; query_norm, key_norm (dim): weights, if
 // there are any; matrix (batch, kv_heads, features, dim), normalizer (batch, kv_heads, features); far_query (heads,
-// dim), far_bias (heads), far_norm (dim); query_projection, key_projection (heads, dim, features / 2) of HEDGEHOG; cos,
-// sin (window + 1, dim).
+// dim), far_bias (heads), far_norm (dim); query_projection (heads, dim, features / 2) and key_projection (kv_heads,
+// ...) of HEDGEHOG; cos, sin (window + 1, dim).
 //
 // Returns the output (batch, 1, heads * dim), then keys, values, write_strength, matrix, normalizer, log_forget and
 // conv_tail with the new token.
@@ -453,6 +454,14 @@ layer_step(const at::Tensor& query, const at::Tensor& key, const at::Tensor& val
   const Sizes sizes(batch_size, heads, kv_heads, dim, dim), far_sizes(batch_size, heads, kv_heads, features, dim);
   const FeatureMap map = static_cast<FeatureMap>(feature_map);
   const bool is_additive = normalizer.has_value();
+  TORCH_CHECK(is_additive || (write_strength && far_norm), "the delta rule needs write strengths and a norm");
+  TORCH_CHECK(write_strength.has_value() == write_logit.has_value(), "write strengths need a new one");
+  TORCH_CHECK(log_forget.has_value() == forget_logit.has_value(), "gates need a new one");
+  TORCH_CHECK(conv_tail.has_value() == conv_weight.has_value(), "a convolution needs a past");
+  TORCH_CHECK(query_norm.has_value() == key_norm.has_value(), "queries and keys are normed together");
+  TORCH_CHECK(map == HEDGEHOG ? query_projection && key_projection && query_projection->size(2) * 2 == features
+                              : features == dim,
+              features, " features do not fit the feature map");
   const int64_t groups = sizes.groups(), channels = (heads + 2 * kv_heads) * dim;
   const float eps = static_cast<float>(norm_eps), scale = static_cast<float>(scaling);
 

@@ -117,6 +117,7 @@ class HubRoundTrip:
         for auto_class, config, models in zip(self.pushed_heads, configs, models_of_heads, strict=True):
             assert config["class"] == self.config_class
             assert config["module"].startswith("transformers_modules.")
+            assert auto_class in config["module"]
             assert_same_model(models[auto_class], pushed[auto_class])
             for name, model in models.items():
                 assert model["class"] == self.heads[name]

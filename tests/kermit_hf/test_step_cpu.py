@@ -9,13 +9,17 @@ import torch.nn.functional as F
 from transformers import DynamicCache, StaticCache
 
 from kermit_hf import KermitForCausalLM, kernel_backend, step_cpu
+from kermit_hf.backends import LAYER_MAPS
 from kermit_hf.cpu_kernels import cpu_misfit
+from kermit_hf.feature_maps import EluFeatureMap, HedgehogFeatureMap, SiluL2FeatureMap
 from kermit_hf.kermit_attention import rotate
+from kermit_hf.kernel_attention import KernelMemory
 from kermit_hf.step_cpu import (
     additive_elu_step_fused,
     additive_step_fused,
     delta_silu_step_fused,
     delta_step_fused,
+    layer_step_fused,
     window_step_fused,
 )
 from kermit_hf.window_attention import FarField
@@ -248,6 +252,91 @@ def test_results_do_not_depend_on_the_number_of_threads():
     assert_equal_on_any_number_of_threads(steps)
 
 
+def layer_inputs(is_additive: bool, heads: int, kv_heads: int, window: int, head_dim: int, batch: int = 2) -> dict:
+    """Of `layer_step_fused`: the additive rule with "elu" or the delta rule with "silu_l2", with gate and convolution."""
+    tokens, channels = (batch, kv_heads, window), (heads + 2 * kv_heads) * head_dim
+    states = {"keys": torch.randn(*tokens, head_dim), "values": torch.randn(*tokens, head_dim)}
+    states |= {name: torch.randn(batch, kv_heads, 4, head_dim) for name in ("sink_keys", "sink_values")}
+    states |= {"matrix": torch.rand(batch, kv_heads, head_dim, head_dim), "log_forget": -torch.rand(tokens)}
+    states |= {"conv_tail": torch.randn(batch, channels, 3)}
+    states["normalizer"] = torch.rand(batch, kv_heads, head_dim) if is_additive else None
+    states["write_strength"] = None if is_additive else torch.rand(tokens)
+    weights = {"conv_weight": torch.randn(channels, 1, 4), "far_query": torch.randn(heads, head_dim)}
+    weights |= dict.fromkeys(("query_norm", "key_norm", "query_projection", "key_projection"))
+    weights |= {"far_bias": torch.randn(heads), "far_norm": None if is_additive else torch.rand(head_dim)}
+    widths = {"query": heads * head_dim, "key": kv_heads * head_dim, "value": kv_heads * head_dim}
+    projected = {name: torch.randn(batch, 1, width) for name, width in widths.items()}
+    gate = torch.randn(batch, 1, kv_heads)
+    return {
+        **projected,
+        "write_logit": None if is_additive else gate,
+        "forget_logit": gate,
+        "state": states,
+        "weights": weights,
+        "rotary": tables(window + 1, head_dim),
+        "norm_eps": 1e-6,
+        "scaling": head_dim**-0.5,
+        "feature_map": LAYER_MAPS.index(EluFeatureMap if is_additive else SiluL2FeatureMap),
+    }
+
+
+@pytest.mark.parametrize("is_additive", [True, False])
+def test_a_layer_does_not_depend_on_the_number_of_threads(is_additive):
+    inputs = layer_inputs(is_additive, heads=8, kv_heads=4, window=128, head_dim=64)
+
+    def step() -> list[torch.Tensor]:
+        output, state = layer_step_fused(**inputs)
+        return [output, *(tensor for tensor in state.values() if tensor is not None)]
+
+    assert_equal_on_any_number_of_threads(step)
+
+
+def test_a_layer_divides_nothing_by_zero():
+    """What is far is read as by the kernel of the rule alone, also where its denominator counts as 1e-30."""
+    inputs = layer_inputs(True, heads=2, kv_heads=1, window=8, head_dim=16)
+    state, weights = inputs["state"], inputs["weights"]
+    state["keys"].sub_(100.0)
+    for name in ("matrix", "normalizer"):
+        state[name].zero_()
+    inputs["query"] = torch.full((2, 1, 32), -100.0)
+    weights["conv_weight"].zero_()[:, :, -1] = 1.0
+    weights["far_query"].zero_()
+    weights["far_bias"].fill_(1e6)  # nothing else is seen
+    output, renewed = layer_step_fused(**inputs)
+    oldest = (state[name][:, :, :1] for name in ("keys", "values"))
+    queries = inputs["query"].view(2, 1, 2, 16).transpose(1, 2)
+    memory = KernelMemory(state["matrix"], state["normalizer"])
+    read = additive_elu_step_fused(queries, *oldest, state["log_forget"][:, :, :1], memory, divides=True)
+    assert (read.denominator < 1e-30).all() and read.numerator.abs().amax() > 1e-6
+    assert_close(output, read.numerator.transpose(1, 2).flatten(2).double(), 1e-6)
+    assert_close(renewed["matrix"], read.memory.matrix.double(), 1e-6)
+
+
+@pytest.mark.parametrize(
+    "left_out, message",
+    [
+        (("normalizer",), "the delta rule needs"),
+        (("log_forget",), "gates need a new one"),
+        (("conv_tail",), "a convolution needs a past"),
+    ],
+)
+def test_what_belongs_together_comes_together(left_out, message):
+    inputs = layer_inputs(True, heads=2, kv_heads=1, window=8, head_dim=16)
+    inputs["state"] |= dict.fromkeys(left_out)
+    with pytest.raises(RuntimeError, match=message):
+        layer_step_fused(**inputs)
+
+
+@pytest.mark.parametrize("feature_map", [HedgehogFeatureMap, EluFeatureMap])
+def test_features_of_another_size_are_refused(feature_map):
+    inputs = layer_inputs(True, heads=2, kv_heads=1, window=8, head_dim=16) | {
+        "feature_map": LAYER_MAPS.index(feature_map)
+    }
+    inputs["state"]["matrix"] = inputs["state"]["matrix"][:, :, :8]
+    with pytest.raises(RuntimeError, match="8 features do not fit the feature map"):
+        layer_step_fused(**inputs)
+
+
 # In models.
 
 
@@ -344,6 +433,35 @@ def test_a_layer_in_one_call(name, calls):
     assert calls[-60:] == ["layer_step"] * 60
     # Rounding passes through two layers whose weights are large, and the norms round to float32 in both.
     assert_close(actual, expected, 2e-5)
+
+
+@pytest.mark.parametrize("setting", ["delta", "additive"])
+def test_a_layer_that_forgets_at_once(setting, calls):
+    """Gates below e^-40 are zero."""
+    model, input_ids = tiny_model(setting), tokens(2, 40)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.forget_proj.bias.fill_(-60.0)
+        exact = copy.deepcopy(model).double()
+        with kernel_backend("torch"):
+            expected = exact(input_ids).logits[:, 19:]
+        with kernel_backend("cpp"):
+            actual = decode(model, input_ids, torch.ones_like(input_ids), 20)
+    assert calls[-40:] == ["layer_step"] * 40
+    assert_close(actual, expected, 2e-5)
+
+
+def test_norms_of_different_epsilon_are_left_to_other_forms(calls):
+    model, input_ids = tiny_model("delta", use_qk_norm=True), tokens(1, 24)
+    for layer in model.model.layers:
+        layer.self_attn.far_norm.variance_epsilon = 0.5
+    with torch.no_grad():
+        with kernel_backend("torch"):
+            expected = model(input_ids).logits[:, 19:]
+        with kernel_backend("cpp"):
+            actual = decode(model, input_ids, torch.ones_like(input_ids), 20)
+    assert "layer_step" not in calls
+    assert_close(actual, expected, 1e-4)
 
 
 @pytest.mark.parametrize("setting, sinks", [("delta", 2), ("additive", 3)])
@@ -511,8 +629,9 @@ def test_other_dtypes_and_explicit_weights_are_left_to_torch(setting, options, c
     assert not calls
 
 
-def test_dropout_is_left_to_torch(calls):
-    model, input_ids = tiny_model("delta", attention_dropout=0.5).train(), tokens(1, 24)
+@pytest.mark.parametrize("setting", ["delta", "additive"])
+def test_dropout_is_left_to_torch(setting, calls):
+    model, input_ids = tiny_model(setting, attention_dropout=0.5).train(), tokens(1, 24)
     with torch.no_grad(), kernel_backend("cpp"):
         decode(model, input_ids, torch.ones_like(input_ids), 20)
-    assert "window_step" not in calls
+    assert not {"window_step", "layer_step"} & set(calls)

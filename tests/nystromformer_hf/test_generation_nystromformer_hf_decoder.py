@@ -256,7 +256,7 @@ class TestCompiled:
         assert graphs == [1, 1, 1]
         assert sum(counters["graph_break"].values()) == 0
 
-    @pytest.mark.parametrize("setting", [pytest.param("pooled", marks=pytest.mark.slow), "regularized_conv"])
+    @pytest.mark.parametrize("setting", BOTH)
     @torch.no_grad()
     def test_one_graph_of_dynamic_shapes(self, setting):
         """Of a text and of what follows it in a dynamic cache."""
