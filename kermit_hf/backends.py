@@ -118,7 +118,8 @@ def find_layer_step(
     update_rule: str, feature_map: FeatureMap, norms: list[Callable], *states: torch.Tensor | None
 ) -> Callable | None:
     """What to run between the projections of a layer for a token whose window is full; None where there is nothing: it has "silu_l2",
-    "elu" and "hedgehog", gives no gradients, calls no hooks of norms and has one epsilon for all of them. states: and weights, the first one not None.
+    "elu" and "hedgehog", gives no gradients, calls no hooks of norms and has one epsilon for all of them. states: and weights, the
+    first one not None.
 
     Raises `ValueError` if the chosen backend cannot run on their device.
     """

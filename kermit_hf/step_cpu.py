@@ -71,7 +71,8 @@ def layer_step_fused(
         write_logit, forget_logit: (batch, 1, kv_heads), before their sigmoid; None without that gate.
         state: see `KermitCacheLayer.steady_state`.
         weights: conv_weight (channels, 1, taps); query_norm, key_norm and far_norm (head_dim); far_query (heads, head_dim);
-            far_bias (heads); query_projection (heads, head_dim, feature_dim) and key_projection (kv_heads, ...). None for what a layer does not have.
+            far_bias (heads); query_projection (heads, head_dim, feature_dim) and key_projection (kv_heads, ...). None for what a layer
+            does not have.
         rotary: cosine and sine of slot numbers, both (window + 1, head_dim).
         norm_eps: of all norms; scaling: of the scores of the window.
         feature_map: its number in `backends.LAYER_MAPS`.

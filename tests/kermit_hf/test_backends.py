@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from kermit_hf import FEATURE_MAPS, KermitForCausalLM, backends, kernel_backend
-from kermit_hf.kernel_choice import KernelChoice
 from tests.kermit_hf.tiny_models import VOCABULARY, tiny_config, tiny_model, tokens
 from tests.triton_kernels import run_python
 
@@ -260,25 +259,6 @@ print(sorted(loaded & {"triton", "fla"}), sorted(ours))
 def test_the_environment_chooses_and_a_cpu_loads_no_kernels_of_gpus():
     result = run_python(LEFT_ALONE, KERMIT_BACKEND="auto")
     assert result.stdout.split("\n") == ["auto", "[] []", ""], result.stderr
-
-
-def test_without_the_environment_compiled_kernels_serve(monkeypatch):
-    monkeypatch.setenv("KERMIT_BACKEND", "")
-    assert new_choice().chosen == "compiled"
-
-
-def test_an_unknown_name_in_the_environment_is_refused(monkeypatch):
-    monkeypatch.setenv("KERMIT_BACKEND", "cuda")
-    monkeypatch.setattr(backends, "CHOICE", new_choice())
-    names = "'compiled', 'torch', 'auto', 'cpp', 'triton', 'fla'"
-    with pytest.raises(ValueError, match=f"^kernel backend 'cuda' is unknown; allowed are {names}"):
-        tiny_model()(tokens(1, 12))
-
-
-def new_choice() -> KernelChoice:
-    """As the package makes it when it is imported."""
-    choice = backends.CHOICE
-    return KernelChoice("KERMIT_BACKEND", choice.packages, choice.misfit, choice.are_compiled)
 
 
 @pytest.mark.parametrize("backend", ["compiled", "auto", "cpp"])

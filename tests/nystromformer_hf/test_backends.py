@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from nystromformer_hf import NystromformerHFConfig, NystromformerHFModel, backends, kernel_backend
-from nystromformer_hf.kernel_choice import KernelChoice
 from tests.nystromformer_hf.decoder_models import tiny_model, tokens
 from tests.triton_kernels import run_python
 
@@ -141,25 +140,6 @@ print("triton" in set(sys.modules) - before, sorted(ours))
 def test_the_environment_chooses_and_a_cpu_loads_no_kernels_of_gpus():
     result = run_python(LEFT_ALONE, NYSTROMFORMER_BACKEND="auto")
     assert result.stdout.split("\n") == ["auto", "False []", ""], result.stderr
-
-
-def test_without_the_environment_compiled_kernels_serve(monkeypatch):
-    monkeypatch.setenv("NYSTROMFORMER_BACKEND", "")
-    assert new_choice().chosen == "compiled"
-
-
-def test_an_unknown_name_in_the_environment_is_refused(monkeypatch):
-    monkeypatch.setenv("NYSTROMFORMER_BACKEND", "cuda")
-    monkeypatch.setattr(backends, "CHOICE", new_choice())
-    names = "'compiled', 'torch', 'auto', 'cpp', 'triton'"
-    with pytest.raises(ValueError, match=f"^kernel backend 'cuda' is unknown; allowed are {names}"):
-        tiny_model("pooled")(tokens(1, 12))
-
-
-def new_choice() -> KernelChoice:
-    """As the package makes it when it is imported."""
-    choice = backends.CHOICE
-    return KernelChoice("NYSTROMFORMER_BACKEND", choice.packages, choice.misfit, choice.are_compiled)
 
 
 @pytest.mark.parametrize("backend", ["compiled", "auto", "cpp"])
