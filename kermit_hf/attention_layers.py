@@ -16,7 +16,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import maybe_autocast
 
-from .backends import find_layer_step
+from .backends import find_layer_step, layer_map_weights
 from .configuration_kermit import KermitConfig
 from .depthwise_conv import depthwise_conv
 from .feature_maps import FEATURE_MAPS
@@ -201,22 +201,21 @@ class KermitKernelAttention(KermitSoftmaxAttention):
         """What goes into the output projection for one token, (batch, 1, heads * head_dim), where a backend computes it in one call, as
         for a cache that is steady; None elsewhere."""
         config = self.config
-        if config.window_size == 0 or config._attn_implementation == "eager":
-            return None
-        if self.training and self.attention_dropout > 0.0:
+        if config._attn_implementation == "eager" or (self.training and self.attention_dropout > 0.0):
             return None
         is_delta = config.update_rule == "delta"
         query_norm, key_norm = (self.q_norm, self.k_norm) if config.use_qk_norm else (None, None)
         far_norm = self.far_norm if is_delta else None
+        query_weight, key_weight = layer_map_weights(self.feature_map)
         weights = {
             "conv_weight": self.conv_weight if config.conv_kernel_size else None,
             "query_norm": None if query_norm is None else query_norm.weight,
             "key_norm": None if key_norm is None else key_norm.weight,
-            "far_query": self.far_query,
-            "far_bias": self.far_bias,
+            "far_query": self.far_query if config.window_size else None,
+            "far_bias": self.far_bias if config.window_size else None,
             "far_norm": None if far_norm is None else far_norm.weight,
-            "query_projection": getattr(self.feature_map, "query_projection", None),
-            "key_projection": getattr(self.feature_map, "key_projection", None),
+            "query_weight": query_weight,
+            "key_weight": key_weight,
         }
         norms = [norm for norm in (query_norm, key_norm, far_norm) if norm is not None]
         step = find_layer_step(config.update_rule, self.feature_map, norms, hidden_states, *weights.values())

@@ -20,8 +20,8 @@ all. Inside of `torch.compile` and on the meta device everything is PyTorch's.
              GPU with triton 3.4 to 3.7.0
 
 For single tokens (decoding), where no gradient is needed, "cpp" has kernels of their own, also of windows that nothing has left yet,
-and one of everything between the projections of a layer with "silu_l2", "elu" or "hedgehog"; "triton" and "fla" have none. Explicit
-weights always are PyTorch's.
+and one of everything between the projections of a layer with any feature map of ours; "triton" and "fla" have none. Explicit weights
+always are PyTorch's.
 """
 
 from collections.abc import Callable
@@ -36,10 +36,12 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from .cpu_kernels import are_compiled, takes_cpu_tensors
 from .feature_maps import (
+    DpfpFeatureMap,
     EluFeatureMap,
     FavorFeatureMap,
     FeatureMap,
     HedgehogFeatureMap,
+    ReluFeatureMap,
     SiluL2FeatureMap,
     TaylorFeatureMap,
 )
@@ -49,8 +51,17 @@ from .window_attention import WindowOutput, window_blocked
 
 
 MAX_COORDINATES = 64
-# Feature maps of which a layer's step is one kernel, as step_cpu.cpp numbers them.
-LAYER_MAPS = (SiluL2FeatureMap, EluFeatureMap, HedgehogFeatureMap)
+# Feature maps of which a layer's step is one kernel, in the order in which step_cpu.cpp numbers them, and the names of their weights
+# for queries and for keys.
+LAYER_MAPS = {
+    SiluL2FeatureMap: (),
+    EluFeatureMap: (),
+    ReluFeatureMap: (),
+    DpfpFeatureMap: (),
+    HedgehogFeatureMap: ("query_projection", "key_projection"),
+    TaylorFeatureMap: ("query_projection", "key_projection"),
+    FavorFeatureMap: ("directions", "directions"),
+}
 
 
 class Kernel(NamedTuple):
@@ -117,8 +128,8 @@ def find_window_step(query: torch.Tensor, *others: torch.Tensor) -> Callable[...
 def find_layer_step(
     update_rule: str, feature_map: FeatureMap, norms: list[Callable], *states: torch.Tensor | None
 ) -> Callable | None:
-    """What to run between the projections of a layer for a token whose window is full; None where there is nothing: it has "silu_l2",
-    "elu" and "hedgehog", gives no gradients, calls no hooks of norms and has one epsilon for all of them. states: and weights, the
+    """What to run between the projections of a layer for a token whose window is full; None where there is nothing: it has the feature
+    maps of `LAYER_MAPS`, gives no gradients, calls no hooks of norms and has one epsilon for all of them. states: and weights, the
     first one not None.
 
     Raises `ValueError` if the chosen backend cannot run on their device.
@@ -135,7 +146,13 @@ def find_layer_step(
         return None
     from .step_cpu import layer_step_fused
 
-    return partial(layer_step_fused, feature_map=LAYER_MAPS.index(type(feature_map)))
+    return partial(layer_step_fused, feature_map=list(LAYER_MAPS).index(type(feature_map)))
+
+
+def layer_map_weights(feature_map: FeatureMap) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """What `find_layer_step`'s form reads of a feature map for queries and for keys."""
+    names = LAYER_MAPS.get(type(feature_map))
+    return tuple(getattr(feature_map, name, None) for name in names) if names else (None, None)
 
 
 def find_kernel(

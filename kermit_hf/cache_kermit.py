@@ -127,7 +127,7 @@ class KermitCacheLayer(CacheLayerMixin):
     def steady_state(self, batch: int, kv_heads: int, head_dim: int) -> dict[str, torch.Tensor | None] | None:
         """What one more token reads, and `advance` takes, of a layer of these sizes after any long text: every row has its window full
         and all sinks behind it, and nothing may have to be rolled back. None in any other state."""
-        if self.memory is None or self.window_size == 0 or self.record_past or self.is_offloaded or self.is_compileable:
+        if self.memory is None or self.record_past or self.is_offloaded or self.is_compileable:
             return None
         if self.keys.shape != (batch, kv_heads, self.window_size, head_dim):
             return None

@@ -8,12 +8,14 @@
 #include <cmath>
 #include <tuple>
 
+#include "feature_rows.h"
 #include "tasks.h"
 #include "tensors.h"
 #include "vector_tiles.h"
 
 namespace {
 
+using namespace rows;
 using namespace tasks;
 using namespace tensors;
 using namespace tiles;
@@ -21,7 +23,6 @@ using at::Tensor;
 
 constexpr int64_t BLOCK = 16 * TILE_ROWS;  // tokens that a thread takes at a time
 constexpr int64_t UNIT = 16;  // matrices come with rows of whole vectors of any size: see LANES in favor_cpu.py
-constexpr float MAX_EXPONENT = 60.0f;
 
 // Sizes of states (batch, heads, seq, dims), whose last axis is contiguous, and of their features.
 struct Sizes {
@@ -74,19 +75,6 @@ float largest_in(int64_t count, int64_t width, float* numbers) {
   return largest_of(largest);
 }
 
-void store_features(int64_t count, const float* exponents, float shift, float* to) {
-  const auto feature = [=](Vector exponent) {
-    const Vector shifted = exponent - shift, limit = fill(MAX_EXPONENT);
-    return shifted < -MAX_EXPONENT ? Vector{} : exponential(limit < shifted ? limit : shifted);
-  };
-  const int64_t whole = count / LANES * LANES;
-  for (int64_t j = 0; j < whole; j += LANES) store(to + j, feature(load(exponents + j)));
-  if (whole == count) return;
-  float rest[LANES];
-  store(rest, feature(load(exponents + whole)));
-  std::copy_n(rest, count - whole, to + whole);
-}
-
 // projection (dims, width): the directions times head_dim^(-1/4), transposed, zeros beyond the features. Returns
 // features and, of queries, their log scale; of keys, an empty tensor.
 std::tuple<Tensor, Tensor> favor_forward(const Tensor& states, const Tensor& projection, int64_t features,
@@ -111,7 +99,7 @@ std::tuple<Tensor, Tensor> favor_forward(const Tensor& states, const Tensor& pro
           *row_of(log_scale, b, h, first + i) = largest - shift - log_count;
           shift = largest;
         }
-        store_features(features, row, shift, row_of(mapped, b, h, first + i));
+        random_features(features, row, shift, row_of(mapped, b, h, first + i));
       }
     };
   });

@@ -18,18 +18,20 @@
 #include <optional>
 #include <tuple>
 
+#include "feature_rows.h"
 #include "vector_tiles.h"
 
 namespace {
 
+using namespace rows;
 using namespace tiles;
 
 using MaybeTensor = std::optional<at::Tensor>;
 
 // Floats that are worth a thread of their own.
 constexpr int64_t GRAIN = 16384;
-// As in kernel_attention.py and feature_maps.py.
-constexpr float MIN_LOG_DECAY = -40.0f, MIN_NORM = 1e-12f, MIN_DENOMINATOR = 1e-30f;
+// As in kernel_attention.py.
+constexpr float MIN_LOG_DECAY = -40.0f, MIN_DENOMINATOR = 1e-30f;
 
 // A tensor (batch, heads, seq) or (batch, heads, seq, dim); absent if there is none.
 struct Tokens {
@@ -71,18 +73,6 @@ void for_heads(const Sizes& sizes, int64_t cost, const Work& work) {
 
 // Rows.
 
-inline float dot(int64_t width, const float* a, const float* b) {
-  float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < width; i++) sum += a[i] * b[i];
-  return sum;
-}
-
-inline void add_scaled(int64_t width, float factor, const float* from, float* to) {
-#pragma omp simd
-  for (int64_t i = 0; i < width; i++) to[i] += factor * from[i];
-}
-
 // to = keep * from + factor * addend
 inline void renew(int64_t width, float keep, const float* from, float factor, const float* addend, float* to) {
 #pragma omp simd
@@ -97,17 +87,6 @@ inline void turn(int64_t half, const float* from, const float* cos, const float*
     to[i] = scale * (real * cos[i] - imaginary * sin[i]);
     to[half + i] = scale * (imaginary * cos[i] + real * sin[i]);
   }
-}
-
-// exp(x - largest) of whole vectors, in place; returns their sum.
-inline float exponentials(int64_t width, float largest, float* row) {
-  Vector sum{};
-  for (int64_t i = 0; i < width; i += LANES) {
-    const Vector weights = exponential(load(row + i) - largest);
-    store(row + i, weights);
-    sum += weights;
-  }
-  return sum_of(sum);
 }
 
 inline float decay_of_log(float log_decay) { return log_decay < MIN_LOG_DECAY ? 0.0f : std::exp(log_decay); }
@@ -233,47 +212,6 @@ at::Tensor window_step(const at::Tensor& query, const at::Tensor& key, const at:
 
 // Far field.
 
-void map_silu(int64_t width, const float* from, float* to) {
-  for (int64_t i = 0; i < width; i++) to[i] = from[i] / (1.0f + std::exp(-from[i]));
-}
-
-// row / max(|row|, MIN_NORM), in place
-void normalize(int64_t width, float* row) {
-  const float factor = 1.0f / std::max(std::sqrt(dot(width, row, row)), MIN_NORM);
-  for (int64_t i = 0; i < width; i++) row[i] *= factor;
-}
-
-void map_silu_l2(int64_t width, const float* from, float* to) {
-  map_silu(width, from, to);
-  normalize(width, to);
-}
-
-// exp(min(x, 0)) + max(x, 0)
-void map_elu(int64_t width, const float* from, float* to) {
-  for (int64_t i = 0; i < width; i++)
-    to[i] = std::exp(std::min(std::max(from[i], -40.0f), 0.0f)) + std::max(from[i], 0.0f);
-}
-
-// Softmax of a row (width), by a scratch of whole vectors.
-void softmax(int64_t width, const float* from, float* scratch, float* to) {
-  const int64_t padded = round_up(width);
-  const float largest = *std::max_element(from, from + width);
-  std::copy(from, from + width, scratch);
-  std::fill(scratch + width, scratch + padded, -std::numeric_limits<float>::infinity());
-  const float share = 1.0f / exponentials(padded, largest, scratch);
-  for (int64_t i = 0; i < width; i++) to[i] = share * scratch[i];
-}
-
-// softmax(x W) and softmax(-x W), of W (dim, width).
-void map_hedgehog(int64_t dim, int64_t width, const float* projection, const float* from, float* to) {
-  Scratch projected(width), scratch(round_up(width));
-  std::fill(projected + 0, projected + width, 0.0f);
-  for (int64_t i = 0; i < dim; i++) add_scaled(width, from[i], projection + i * width, projected);
-  softmax(width, projected, scratch, to);
-  for (int64_t i = 0; i < width; i++) projected[i] = -projected[i];
-  softmax(width, projected, scratch, to + width);
-}
-
 // Writes one token into the memory of a head and reads it: matrix' = decay matrix + key written^T.
 // numerators: of the queries, (groups, dim) each.
 void write_and_read(const Sizes& sizes, float decay, const float* key, const float* written, const float* queries,
@@ -293,6 +231,13 @@ void replace(int64_t width, int64_t dim, float strength, float decay, const floa
   std::fill(written, written + dim, 0.0f);
   for (int64_t i = 0; i < width; i++) add_scaled(dim, key[i], matrix + i * dim, written);
   for (int64_t i = 0; i < dim; i++) written[i] = strength * (value[i] - decay * written[i]);
+}
+
+// row / max(denominator, MIN_DENOMINATOR), in place; returns the divisor
+inline float divide(int64_t dim, float denominator, float* row) {
+  const float divisor = std::max(denominator, MIN_DENOMINATOR);
+  for (int64_t i = 0; i < dim; i++) row[i] /= divisor;
+  return divisor;
 }
 
 // The features of the queries of a head, (groups, width).
@@ -361,14 +306,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> additive_step(
     map_queries(sizes, queries, batch, kv_head, elu, map_elu, mapped);
     const float decay = decay_of(forget, batch, kv_head);
     float *own_sums = sums + index * width, *read = numerators + index * groups * dim;
-    for (int64_t i = 0; i < width; i++) own_sums[i] = decay * old_sums[index * width + i] + own_key[i];
+    renew(width, decay, old_sums + index * width, 1.0f, own_key, own_sums);
     write_and_read(sizes, decay, own_key, values.at(batch, kv_head), mapped, old + index * width * dim,
                    to + index * width * dim, read);
     for (int64_t j = 0; j < groups; j++) {
       const float total = dot(width, mapped + j * width, own_sums);
       denominators[index * groups + j] = total;
-      if (!divides) continue;
-      for (int64_t i = 0; i < dim; i++) read[j * dim + i] /= std::max(total, MIN_DENOMINATOR);
+      if (divides) divide(dim, total, read + j * dim);
     }
   });
   return {numerator, denominator, renewed, renewed_normalizer};
@@ -398,10 +342,18 @@ void rms_norm(int64_t width, const float* weight, float eps, float* row) {
 
 inline float sigmoid(float x) { return 1.0f / (1.0f + std::exp(-x)); }
 
+inline float log_sigmoid(float x) { return std::min(x, 0.0f) - std::log1p(std::exp(-std::abs(x))); }
+
 // Rows 1 ... of `from`, then `newest`.
 void append_row(int64_t rows, int64_t width, const float* from, const float* newest, float* to) {
   std::copy(from + width, from + rows * width, to);
   std::copy(newest, newest + width, to + (rows - 1) * width);
+}
+
+// The same of numbers; returns the one that leaves.
+float push(int64_t count, const float* from, float newest, float* to) {
+  append_row(count, 1, from, &newest, to);
+  return from[0];
 }
 
 const float* data_of(const MaybeTensor& tensor) { return tensor ? tensor->const_data_ptr<float>() : nullptr; }
@@ -413,30 +365,67 @@ MaybeTensor made_like(const MaybeTensor& tensor) {
 }
 
 // As backends.py numbers them.
-enum FeatureMap : int64_t { SILU, ELU, HEDGEHOG };
+enum FeatureMap : int64_t { SILU, ELU, RELU, DPFP, HEDGEHOG, TAYLOR, FAVOR };
 
-// Features of a row (dim); projection: of its head, for HEDGEHOG.
-void map_features(FeatureMap map, bool unit_norm, int64_t dim, int64_t features, const float* projection,
-                  const float* from, float* to) {
-  if (map == SILU)
-    map_silu(dim, from, to);
-  else if (map == ELU)
-    map_elu(dim, from, to);
-  else
-    map_hedgehog(dim, features / 2, projection, from, to);
-  if (unit_norm) normalize(features, to);
-}
+// The features of rows (dim). weight: (heads, dim, width) of HEDGEHOG and, where it projects, of TAYLOR; directions
+// (features, dim) of FAVOR.
+struct FeatureRows {
+  FeatureMap map;
+  int64_t dim, features;
+  bool unit_norm;
+  const float* weight;
+  int64_t width = 0;
+
+  FeatureRows(FeatureMap map, int64_t dim, int64_t features, bool unit_norm, const MaybeTensor& weight)
+      : map(map),
+        dim(dim),
+        features(features),
+        unit_norm(unit_norm),
+        weight(weight ? weight->const_data_ptr<float>() : nullptr),
+        width(weight ? weight->size(-1) : dim) {
+    TORCH_CHECK(weight || (map != HEDGEHOG && map != FAVOR), "the feature map needs weights");
+    TORCH_CHECK(map == DPFP ? features % (2 * dim) == 0 : features == fitting(weight), features,
+                " features do not fit the feature map");
+  }
+
+  // Writes the features of a row of this head; returns their log scale, as queries have it.
+  float write(int64_t head, Stabiliser stabiliser, const float* from, float* to) const {
+    const float* of_head = weight ? weight + head * dim * width : nullptr;
+    float log_scale = 0.0f;
+    switch (map) {
+      case SILU: map_silu(dim, from, to); break;
+      case ELU: map_elu(dim, from, to); break;
+      case RELU: map_relu(dim, from, to); break;
+      case DPFP: map_dpfp(dim, features, from, to); break;
+      case HEDGEHOG: map_hedgehog(dim, width, of_head, from, to); break;
+      case TAYLOR: map_taylor(dim, width, of_head, from, to); break;
+      case FAVOR: log_scale = map_favor(dim, features, weight, stabiliser, from, to); break;
+    }
+    if (unit_norm) normalize(features, to);
+    return log_scale;
+  }
+
+ private:
+  int64_t fitting(const MaybeTensor& weight) const {
+    switch (map) {
+      case HEDGEHOG: return 2 * width;
+      case TAYLOR: return 1 + width + width * (width + 1) / 2;
+      case FAVOR: return weight->size(0);
+      default: return dim;
+    }
+  }
+};
 
 // Everything between the projections of a layer and its output projection, of texts whose window (batch, kv_heads,
-// window, dim) is full of real tokens and has all sinks behind it. All tensors are whole. The rule is the additive
-// one if there is a normalizer, and otherwise the delta rule, whose features have unit norm.
+// window, dim), if there is one, is full of real tokens and has all sinks behind it. All tensors are whole. The rule is
+// the additive one if there is a normalizer, and otherwise the delta rule, whose features have unit norm.
 //
 // query, key, value (batch, 1, channels each), before the convolution (channels, 1, taps), if there is one, whose past
 // is conv_tail (batch, channels, taps - 1); write_logit, forget_logit (batch, 1, kv_heads): gates before their sigmoid;
 // write_strength, log_forget (batch, kv_heads, window): those of the window; query_norm, key_norm (dim): weights, if
-// there are any; matrix (batch, kv_heads, features, dim), normalizer (batch, kv_heads, features); far_query (heads,
-// dim), far_bias (heads), far_norm (dim); query_projection (heads, dim, features / 2) and key_projection (kv_heads,
-// ...) of HEDGEHOG; cos, sin (window + 1, dim).
+// there are any; matrix (batch, kv_heads, features, dim), normalizer (batch, kv_heads, features); far_norm (dim);
+// query_weight, key_weight: see `FeatureRows`. With a window also far_query (heads, dim), far_bias (heads); cos, sin
+// (window + 1, dim).
 //
 // Returns the output (batch, 1, heads * dim), then keys, values, write_strength, matrix, normalizer, log_forget and
 // conv_tail with the new token.
@@ -446,22 +435,23 @@ layer_step(const at::Tensor& query, const at::Tensor& key, const at::Tensor& val
            const MaybeTensor& query_norm, const MaybeTensor& key_norm, const at::Tensor& keys, const at::Tensor& values,
            const MaybeTensor& write_strength, const MaybeTensor& log_forget, const at::Tensor& sink_keys,
            const at::Tensor& sink_values, const at::Tensor& matrix, const MaybeTensor& normalizer,
-           const at::Tensor& far_query, const at::Tensor& far_bias, const MaybeTensor& far_norm,
-           const MaybeTensor& query_projection, const MaybeTensor& key_projection, const at::Tensor& cos,
-           const at::Tensor& sin, int64_t feature_map, double norm_eps, double scaling) {
+           const MaybeTensor& far_query, const MaybeTensor& far_bias, const MaybeTensor& far_norm,
+           const MaybeTensor& query_weight, const MaybeTensor& key_weight, const MaybeTensor& cos,
+           const MaybeTensor& sin, int64_t feature_map, double norm_eps, double scaling) {
   const int64_t batch_size = keys.size(0), kv_heads = keys.size(1), window = keys.size(2), dim = keys.size(3);
-  const int64_t heads = far_bias.size(0), features = matrix.size(2), taps = conv_weight ? conv_weight->size(2) : 1;
+  const int64_t heads = query.size(2) / dim, features = matrix.size(2), taps = conv_weight ? conv_weight->size(2) : 1;
   const Sizes sizes(batch_size, heads, kv_heads, dim, dim), far_sizes(batch_size, heads, kv_heads, features, dim);
-  const FeatureMap map = static_cast<FeatureMap>(feature_map);
   const bool is_additive = normalizer.has_value();
   TORCH_CHECK(is_additive || (write_strength && far_norm), "the delta rule needs write strengths and a norm");
   TORCH_CHECK(write_strength.has_value() == write_logit.has_value(), "write strengths need a new one");
   TORCH_CHECK(log_forget.has_value() == forget_logit.has_value(), "gates need a new one");
   TORCH_CHECK(conv_tail.has_value() == conv_weight.has_value(), "a convolution needs a past");
   TORCH_CHECK(query_norm.has_value() == key_norm.has_value(), "queries and keys are normed together");
-  TORCH_CHECK(map == HEDGEHOG ? query_projection && key_projection && query_projection->size(2) * 2 == features
-                              : features == dim,
-              features, " features do not fit the feature map");
+  TORCH_CHECK(window == 0 || (far_query && far_bias && cos && sin), "a window needs a far logit and positions");
+  const FeatureMap map = static_cast<FeatureMap>(feature_map);
+  const FeatureRows query_features(map, dim, features, !is_additive, query_weight);
+  const FeatureRows key_features(map, dim, features, !is_additive, key_weight);
+  const Stabiliser of_keys = is_additive ? Stabiliser::LENGTH : Stabiliser::LARGEST;
   const int64_t groups = sizes.groups(), channels = (heads + 2 * kv_heads) * dim;
   const float eps = static_cast<float>(norm_eps), scale = static_cast<float>(scaling);
 
@@ -482,10 +472,9 @@ layer_step(const at::Tensor& query, const at::Tensor& key, const at::Tensor& val
   const float *own_values = value.const_data_ptr<float>(), *writes = data_of(write_logit);
   const float *forgets = data_of(forget_logit), *norm_of_queries = data_of(query_norm),
               *norm_of_keys = data_of(key_norm);
-  const float *directions = far_query.const_data_ptr<float>(), *biases = far_bias.const_data_ptr<float>();
-  const float *norm_of_far = data_of(far_norm), *of_queries = data_of(query_projection),
-              *of_keys = data_of(key_projection);
+  const float *directions = data_of(far_query), *biases = data_of(far_bias), *norm_of_far = data_of(far_norm);
   // With the new token's, slots begin with the second one of `cos`.
+  const int64_t angles = window ? cos->stride(0) : 0;
   const Near near{Tokens(new_keys),
                   Tokens(new_values),
                   Tokens(sink_keys),
@@ -493,14 +482,16 @@ layer_step(const at::Tensor& query, const at::Tensor& key, const at::Tensor& val
                   window,
                   0,
                   sink_keys.size(2),
-                  cos.const_data_ptr<float>() + cos.stride(0),
-                  sin.const_data_ptr<float>() + sin.stride(0),
-                  cos.stride(0),
-                  sin.stride(0)};
+                  window ? data_of(cos) + angles : nullptr,
+                  window ? data_of(sin) + angles : nullptr,
+                  angles,
+                  angles};
   for_heads(sizes, (4 * window + 2 * features) * dim, [&](int64_t batch, int64_t kv_head) {
     const int64_t index = batch * kv_heads + kv_head, head = kv_head * groups, row = window * dim;
-    Scratch own((groups + 2) * dim), mapped((groups + 1) * features), written(dim), far_values(groups * dim);
+    Scratch own((groups + 2) * dim), mapped((groups + 1) * features), written(dim), log_scales(groups);
+    Scratch far_scratch(window ? groups * dim : 0);
     float *own_key = own + groups * dim, *own_value = own_key + dim, *far_key = mapped + groups * features;
+    float *own_output = outputs + (batch * heads + head) * dim, *far_values = window ? far_scratch : own_output;
 
     const auto take = [&](int64_t count, const float* from, int64_t channel, float* to) {
       if (!taps_of) return void(std::copy(from, from + count, to));
@@ -514,50 +505,52 @@ layer_step(const at::Tensor& query, const at::Tensor& key, const at::Tensor& val
       for (int64_t j = 0; j < groups; j++) rms_norm(dim, norm_of_queries, eps, own + j * dim);
       rms_norm(dim, norm_of_keys, eps, own_key);
     }
+    float strength = writes ? sigmoid(writes[index]) : 0.0f, log_decay = forgets ? log_sigmoid(forgets[index]) : 0.0f;
+    const float *leaving_key = own_key, *leaving_value = own_value;
+    if (window) {
+      leaving_key = key_from + index * row;
+      leaving_value = value_from + index * row;
+      append_row(window, dim, leaving_key, own_key, keys_to + index * row);
+      append_row(window, dim, leaving_value, own_value, values_to + index * row);
+      if (strength_from)
+        strength = push(window, strength_from + index * window, strength, strength_to + index * window);
+      if (forget_from) log_decay = push(window, forget_from + index * window, log_decay, forget_to + index * window);
+    }
 
-    // The oldest token leaves the window and enters the memory.
+    // What leaves the window, or without one the new token, enters the memory.
     const float* old_matrix = matrix_from + index * features * dim;
-    const float *leaving_key = key_from + index * row, *leaving_value = value_from + index * row;
-    const float decay = forget_from ? decay_of_log(forget_from[index * window]) : 1.0f;
-    const auto map_row = [&](const float* projections, int64_t of_head, const float* from, float* to) {
-      const float* projection = projections ? projections + of_head * dim * (features / 2) : nullptr;
-      map_features(map, !is_additive, dim, features, projection, from, to);
-    };
-    map_row(of_keys, kv_head, leaving_key, far_key);
-    for (int64_t j = 0; j < groups; j++) map_row(of_queries, head + j, own + j * dim, mapped + j * features);
+    const float decay = decay_of_log(log_decay);
+    key_features.write(kv_head, of_keys, leaving_key, far_key);
+    for (int64_t j = 0; j < groups; j++)
+      log_scales[j] = query_features.write(head + j, Stabiliser::LARGEST, own + j * dim, mapped + j * features);
     float* own_sums = is_additive ? sums_to + index * features : nullptr;
     if (is_additive)
       renew(features, decay, sums_from + index * features, 1.0f, far_key, own_sums);
     else
-      replace(features, dim, strength_from[index * window], decay, far_key, leaving_value, old_matrix, written);
+      replace(features, dim, strength, decay, far_key, leaving_value, old_matrix, written);
     write_and_read(far_sizes, decay, far_key, is_additive ? leaving_value : written, mapped, old_matrix,
                    matrix_to + index * features * dim, far_values);
-
-    append_row(window, dim, key_from + index * row, own_key, keys_to + index * row);
-    append_row(window, dim, value_from + index * row, own_value, values_to + index * row);
-    if (strength_from) {
-      const float own_strength = sigmoid(writes[index]);
-      append_row(window, 1, strength_from + index * window, &own_strength, strength_to + index * window);
+    const auto far_of = [&](int64_t j) {
+      float* far_value = far_values + j * dim;
+      if (!is_additive) {
+        rms_norm(dim, norm_of_far, eps, far_value);
+        return Far{far_value, 0.0f};
+      }
+      const float divisor = divide(dim, dot(features, mapped + j * features, own_sums), far_value);
+      return Far{far_value, std::log(divisor) + log_scales[j]};
+    };
+    if (!window) {
+      for (int64_t j = 0; j < groups; j++) far_of(j);
+      return;
     }
-    if (forget_from) {
-      const float logit = forgets[index], own_decay = std::min(logit, 0.0f) - std::log1p(std::exp(-std::abs(logit)));
-      append_row(window, 1, forget_from + index * window, &own_decay, forget_to + index * window);
-    }
-
     attend_near(
         near, sizes, batch, kv_head, 0, near.num_sinks, scale, [&](int64_t j) { return own + j * dim; },
         [&](int64_t j) {
-          float* far_value = far_values + j * dim;
-          const float logit = dot(dim, directions + (head + j) * dim, own + j * dim) + biases[head + j];
-          if (!is_additive) {
-            rms_norm(dim, norm_of_far, eps, far_value);
-            return Far{far_value, logit};
-          }
-          const float total = std::max(dot(features, mapped + j * features, own_sums), MIN_DENOMINATOR);
-          for (int64_t i = 0; i < dim; i++) far_value[i] /= total;
-          return Far{far_value, logit + std::log(total)};
+          Far far = far_of(j);
+          far.logit += dot(dim, directions + (head + j) * dim, own + j * dim) + biases[head + j];
+          return far;
         },
-        [&](int64_t j) { return outputs + (batch * heads + head + j) * dim; });
+        [&](int64_t j) { return own_output + j * dim; });
   });
   return {output, new_keys, new_values, new_strength, new_matrix, new_normalizer, new_forget, new_tail};
 }
@@ -580,8 +573,8 @@ TORCH_LIBRARY_FRAGMENT(kermit_hf, m) {
       "layer_step(Tensor query, Tensor key, Tensor value, Tensor? write_logit, Tensor? forget_logit, Tensor? "
       "conv_weight, Tensor? conv_tail, Tensor? query_norm, Tensor? key_norm, Tensor keys, Tensor values, Tensor? "
       "write_strength, Tensor? log_forget, Tensor sink_keys, Tensor sink_values, Tensor matrix, Tensor? normalizer, "
-      "Tensor far_query, Tensor far_bias, Tensor? far_norm, Tensor? query_projection, Tensor? key_projection, "
-      "Tensor cos, Tensor sin, int feature_map, float norm_eps, float scaling) -> (Tensor, Tensor, Tensor, Tensor?, "
+      "Tensor? far_query, Tensor? far_bias, Tensor? far_norm, Tensor? query_weight, Tensor? key_weight, "
+      "Tensor? cos, Tensor? sin, int feature_map, float norm_eps, float scaling) -> (Tensor, Tensor, Tensor, Tensor?, "
       "Tensor, Tensor?, Tensor?, Tensor?)");
 }
 

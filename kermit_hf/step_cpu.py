@@ -1,6 +1,6 @@
 """One token at a time as kernels for CPUs, in float32: `window_step`, with positions and sinks, and the steps of both rules, with
-elementwise feature maps, each in one call; and in one call everything between the projections of a layer with a window. They have
-no gradients: where one is needed, the kernels of whole texts serve. See step_cpu.cpp."""
+elementwise feature maps, each in one call; and in one call everything between the projections of a layer. They have no
+gradients: where one is needed, the kernels of whole texts serve. See step_cpu.cpp."""
 
 import torch
 
@@ -59,7 +59,7 @@ def layer_step_fused(
     forget_logit: torch.Tensor | None,
     state: dict[str, torch.Tensor | None],
     weights: dict[str, torch.Tensor | None],
-    rotary: tuple[torch.Tensor, torch.Tensor],
+    rotary: tuple[torch.Tensor, torch.Tensor] | None,
     norm_eps: float,
     scaling: float,
     feature_map: int,
@@ -71,17 +71,16 @@ def layer_step_fused(
         write_logit, forget_logit: (batch, 1, kv_heads), before their sigmoid; None without that gate.
         state: see `KermitCacheLayer.steady_state`.
         weights: conv_weight (channels, 1, taps); query_norm, key_norm and far_norm (head_dim); far_query (heads, head_dim);
-            far_bias (heads); query_projection (heads, head_dim, feature_dim) and key_projection (kv_heads, ...). None for what a layer
-            does not have.
-        rotary: cosine and sine of slot numbers, both (window + 1, head_dim).
+            far_bias (heads); query_weight and key_weight, those of the feature map. None for what a layer does not have.
+        rotary: cosine and sine of slot numbers, both (window + 1, head_dim); None without a window.
         norm_eps: of all norms; scaling: of the scores of the window.
-        feature_map: its number in `backends.LAYER_MAPS`.
+        feature_map: its place in `backends.LAYER_MAPS`.
 
     Returns (batch, 1, heads * head_dim) and the state with the new token, without gradients.
     """
     kernels = load_cpu_kernels("kermit_hf")
     given = {"query": query, "key": key, "value": value, "write_logit": write_logit, "forget_logit": forget_logit}
-    given |= state | weights | {"cos": rotary[0], "sin": rotary[1]}
+    given |= state | weights | dict(zip(("cos", "sin"), rotary or (None, None), strict=True))
     given = {name: None if tensor is None else tensor.contiguous() for name, tensor in given.items()}
     output, *renewed = kernels.layer_step(**given, feature_map=feature_map, norm_eps=norm_eps, scaling=scaling)
     return output, dict(zip(RENEWED, renewed, strict=True))

@@ -19,6 +19,8 @@ Rows hold their real tokens first. `lengths` (batch,) counts them, and None mean
 Means, the softmax L and its inverse are taken in float32, whatever autocast says; results have the inputs' dtype.
 """
 
+import itertools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -400,6 +402,8 @@ def _depthwise_convolution(value: torch.Tensor, weight: torch.Tensor) -> torch.T
 # Tokens that one matrix product of the convolution yields. Of its band of weights, (tokens, tokens + kernel_size - 1), a
 # product needs kernel_size entries in each row: the fewer tokens, the less is in vain.
 CONVOLUTION_BLOCK = 32
+# Elements of a head's values that are convolved at a time, 1 MiB in float32: what is made of them stays in a CPU's caches.
+CONVOLUTION_SPAN = 256 * 1024
 
 
 class _BlockedConvolution(torch.autograd.Function):
@@ -409,9 +413,7 @@ class _BlockedConvolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx, value, weight, residual):
         ctx.save_for_backward(value, weight)
-        output = _convolve(value, weight, weight.shape[1] // 2)
-        # The residual first: the sum then lies in memory as it does, tokens before heads.
-        return output if residual is None else residual + output
+        return _convolve(value, weight, weight.shape[1] // 2, residual)
 
     @staticmethod
     def backward(ctx, grad):
@@ -436,25 +438,45 @@ def _kernel_gradient(grad: torch.Tensor, value: torch.Tensor, weight: torch.Tens
     """Of each band of weights, then summed along its diagonals; in float32 or better."""
     heads, kernel_size = weight.shape
     dtype = _at_least_float32(weight.dtype)
-    windows = _windows(value, kernel_size // 2, kernel_size)
-    blocks = _windows(grad, 0, kernel_size)[:, :, :CONVOLUTION_BLOCK]
-    bands = [torch.bmm(block, window.mT).sum(0, dtype=dtype) for block, window in zip(blocks, windows, strict=True)]
+    bands = torch.zeros(
+        heads, CONVOLUTION_BLOCK, CONVOLUTION_BLOCK + kernel_size - 1, dtype=dtype, device=weight.device
+    )
+    for head, begin, end in _spans(value):
+        windows = _windows(value[:, head], begin, end, kernel_size // 2, kernel_size)
+        slots = _padded_length(end - begin, kernel_size)
+        blocks = _take(grad[:, head], begin, end, slots).unflatten(1, (-1, CONVOLUTION_BLOCK)).flatten(0, 1)
+        bands[head] += torch.bmm(blocks[: len(windows)], windows.mT).sum(0, dtype=dtype)
     sums = torch.zeros(heads, kernel_size + 1, dtype=dtype, device=weight.device)
-    sums.index_add_(1, _taps(kernel_size, weight.device).flatten(), torch.stack(bands).flatten(1))
+    sums.index_add_(1, _taps(kernel_size, weight.device).flatten(), bands.flatten(1))
     return sums[:, :-1].to(weight.dtype)
 
 
-def _convolve(value: torch.Tensor, weight: torch.Tensor, before: int) -> torch.Tensor:
-    """Σ_j weight[j] · value[t + j − before], shapes as in `_BlockedConvolution`."""
-    batch, heads, seq_len, head_dim = value.shape
-    windows = _windows(value, before, weight.shape[1])
-    count = windows.shape[1]
+def _convolve(
+    value: torch.Tensor, weight: torch.Tensor, before: int, residual: torch.Tensor | None = None
+) -> torch.Tensor:
+    """residual + Σ_j weight[j] · value[t + j − before], shapes as in `_BlockedConvolution`."""
+    # As the residual lies in memory: tokens before heads.
+    output = torch.empty_like(value if residual is None else residual)
     bands = F.pad(weight, (0, 1))[:, _taps(weight.shape[1], weight.device)]
-    slots = _padded_length(seq_len, weight.shape[1])
-    output = value.new_empty(heads, batch * slots // CONVOLUTION_BLOCK, CONVOLUTION_BLOCK, head_dim)
-    for head in range(heads):
-        torch.bmm(bands[head].expand(count, -1, -1), windows[head], out=output[head, :count])
-    return output.view(heads, batch, slots, head_dim)[:, :, :seq_len].transpose(0, 1)
+    for head, begin, end in _spans(value):
+        windows = _windows(value[:, head], begin, end, before, weight.shape[1])
+        products = value.new_empty(len(value), _padded_length(end - begin, weight.shape[1]), value.shape[3])
+        blocks = products.view(-1, CONVOLUTION_BLOCK, value.shape[3])[: len(windows)]
+        torch.bmm(bands[head].expand(len(windows), -1, -1), windows, out=blocks)
+        products, span = products[:, : end - begin], output[:, head, begin:end]
+        if residual is None:
+            span.copy_(products)
+        else:
+            torch.add(residual[:, head, begin:end], products, out=span)
+    return output
+
+
+def _spans(value: torch.Tensor) -> Iterator[tuple[int, int, int]]:
+    """Head, begin and end of whole blocks of value (batch, heads, seq, head_dim) that together are about CONVOLUTION_SPAN."""
+    batch, heads, seq_len, head_dim = value.shape
+    span = max(CONVOLUTION_SPAN // max(batch * head_dim * CONVOLUTION_BLOCK, 1), 1) * CONVOLUTION_BLOCK
+    for head, begin in itertools.product(range(heads), range(0, seq_len, span)):
+        yield head, begin, min(begin + span, seq_len)
 
 
 def _taps(kernel_size: int, device: torch.device) -> torch.Tensor:
@@ -465,21 +487,25 @@ def _taps(kernel_size: int, device: torch.device) -> torch.Tensor:
     return tap.where((tap >= 0) & (tap < kernel_size), kernel_size)
 
 
-def _padded_length(seq_len: int, kernel_size: int) -> int:
-    """Whole blocks for a row and, behind them, whole blocks of padding for the kernel."""
-    return (-(-seq_len // CONVOLUTION_BLOCK) + -(-(kernel_size - 1) // CONVOLUTION_BLOCK)) * CONVOLUTION_BLOCK
+def _padded_length(count: int, kernel_size: int) -> int:
+    """Whole blocks for so many tokens and, behind them, whole blocks for the rest of the kernel."""
+    return (-(-count // CONVOLUTION_BLOCK) + -(-(kernel_size - 1) // CONVOLUTION_BLOCK)) * CONVOLUTION_BLOCK
 
 
-def _windows(states: torch.Tensor, before: int, kernel_size: int) -> torch.Tensor:
-    """What each block of outputs depends on: (heads, blocks of all rows, CONVOLUTION_BLOCK + kernel_size − 1, head_dim),
-    overlapping views of one copy of `states` (batch, heads, seq, head_dim) with `before` zeros in front of each row. The
-    last blocks of a row reach into the next one and are of no use."""
-    batch, heads, seq_len, head_dim = states.shape
-    padded = states.new_empty(heads, batch, _padded_length(seq_len, kernel_size), head_dim)
-    padded[:, :, :before] = 0
-    padded[:, :, before : before + seq_len] = states.transpose(0, 1)
-    padded[:, :, before + seq_len :] = 0
-    return padded.flatten(1, 2).unfold(1, CONVOLUTION_BLOCK + kernel_size - 1, CONVOLUTION_BLOCK).mT
+def _windows(states: torch.Tensor, begin: int, end: int, before: int, kernel_size: int) -> torch.Tensor:
+    """What each block of the outputs `begin` ... `end` depends on: (blocks of all rows, CONVOLUTION_BLOCK + kernel_size − 1,
+    head_dim), overlapping views of one copy of `states` (batch, seq, head_dim). The last blocks of a row reach into the
+    next one and are of no use."""
+    slots = _padded_length(end - begin, kernel_size)
+    taken = _take(states, begin - before, end - before + kernel_size - 1, slots)
+    return taken.flatten(0, 1).unfold(0, CONVOLUTION_BLOCK + kernel_size - 1, CONVOLUTION_BLOCK).mT
+
+
+def _take(states: torch.Tensor, low: int, high: int, slots: int) -> torch.Tensor:
+    """Tokens `low` ... `high` of `states` (batch, seq, head_dim), zeros for those that do not exist and behind them: (batch,
+    slots, head_dim)."""
+    first, last = max(low, 0), min(high, states.shape[1])
+    return F.pad(states[:, first:last], (0, 0, first - low, low + slots - last))
 
 
 def _first(lengths: torch.Tensor | None, size: int) -> torch.Tensor | None:

@@ -11,7 +11,15 @@ from transformers import DynamicCache, StaticCache
 from kermit_hf import KermitForCausalLM, kernel_backend, step_cpu
 from kermit_hf.backends import LAYER_MAPS
 from kermit_hf.cpu_kernels import cpu_misfit
-from kermit_hf.feature_maps import EluFeatureMap, HedgehogFeatureMap, SiluL2FeatureMap
+from kermit_hf.feature_maps import (
+    FEATURE_MAPS,
+    DpfpFeatureMap,
+    EluFeatureMap,
+    FavorFeatureMap,
+    HedgehogFeatureMap,
+    SiluL2FeatureMap,
+    TaylorFeatureMap,
+)
 from kermit_hf.kermit_attention import rotate
 from kermit_hf.kernel_attention import KernelMemory
 from kermit_hf.step_cpu import (
@@ -252,6 +260,10 @@ def test_results_do_not_depend_on_the_number_of_threads():
     assert_equal_on_any_number_of_threads(steps)
 
 
+def number_of(feature_map: type) -> int:
+    return list(LAYER_MAPS).index(feature_map)
+
+
 def layer_inputs(is_additive: bool, heads: int, kv_heads: int, window: int, head_dim: int, batch: int = 2) -> dict:
     """Of `layer_step_fused`: the additive rule with "elu" or the delta rule with "silu_l2", with gate and convolution."""
     tokens, channels = (batch, kv_heads, window), (heads + 2 * kv_heads) * head_dim
@@ -262,7 +274,7 @@ def layer_inputs(is_additive: bool, heads: int, kv_heads: int, window: int, head
     states["normalizer"] = torch.rand(batch, kv_heads, head_dim) if is_additive else None
     states["write_strength"] = None if is_additive else torch.rand(tokens)
     weights = {"conv_weight": torch.randn(channels, 1, 4), "far_query": torch.randn(heads, head_dim)}
-    weights |= dict.fromkeys(("query_norm", "key_norm", "query_projection", "key_projection"))
+    weights |= dict.fromkeys(("query_norm", "key_norm", "query_weight", "key_weight"))
     weights |= {"far_bias": torch.randn(heads), "far_norm": None if is_additive else torch.rand(head_dim)}
     widths = {"query": heads * head_dim, "key": kv_heads * head_dim, "value": kv_heads * head_dim}
     projected = {name: torch.randn(batch, 1, width) for name, width in widths.items()}
@@ -276,7 +288,7 @@ def layer_inputs(is_additive: bool, heads: int, kv_heads: int, window: int, head
         "rotary": tables(window + 1, head_dim),
         "norm_eps": 1e-6,
         "scaling": head_dim**-0.5,
-        "feature_map": LAYER_MAPS.index(EluFeatureMap if is_additive else SiluL2FeatureMap),
+        "feature_map": number_of(EluFeatureMap if is_additive else SiluL2FeatureMap),
     }
 
 
@@ -318,22 +330,41 @@ def test_a_layer_divides_nothing_by_zero():
         (("normalizer",), "the delta rule needs"),
         (("log_forget",), "gates need a new one"),
         (("conv_tail",), "a convolution needs a past"),
+        (("far_bias",), "a window needs a far logit and positions"),
     ],
 )
 def test_what_belongs_together_comes_together(left_out, message):
     inputs = layer_inputs(True, heads=2, kv_heads=1, window=8, head_dim=16)
-    inputs["state"] |= dict.fromkeys(left_out)
+    for part in ("state", "weights"):
+        inputs[part] |= dict.fromkeys(inputs[part].keys() & set(left_out))
     with pytest.raises(RuntimeError, match=message):
         layer_step_fused(**inputs)
 
 
-@pytest.mark.parametrize("feature_map", [HedgehogFeatureMap, EluFeatureMap])
-def test_features_of_another_size_are_refused(feature_map):
-    inputs = layer_inputs(True, heads=2, kv_heads=1, window=8, head_dim=16) | {
-        "feature_map": LAYER_MAPS.index(feature_map)
-    }
+@pytest.mark.parametrize(
+    "feature_map, weight_shape",
+    [
+        (EluFeatureMap, None),
+        (DpfpFeatureMap, None),
+        (TaylorFeatureMap, (2, 16, 3)),
+        (HedgehogFeatureMap, (2, 16, 5)),
+        (FavorFeatureMap, (9, 16)),
+    ],
+)
+def test_features_of_another_size_are_refused(feature_map, weight_shape):
+    inputs = layer_inputs(True, heads=2, kv_heads=1, window=8, head_dim=16)
+    inputs["feature_map"] = number_of(feature_map)
     inputs["state"]["matrix"] = inputs["state"]["matrix"][:, :, :8]
+    weight = None if weight_shape is None else torch.rand(weight_shape)
+    inputs["weights"] |= {"query_weight": weight, "key_weight": weight}
     with pytest.raises(RuntimeError, match="8 features do not fit the feature map"):
+        layer_step_fused(**inputs)
+
+
+@pytest.mark.parametrize("feature_map", [HedgehogFeatureMap, FavorFeatureMap])
+def test_a_feature_map_without_its_weights_is_refused(feature_map):
+    inputs = layer_inputs(True, heads=2, kv_heads=1, window=8, head_dim=16) | {"feature_map": number_of(feature_map)}
+    with pytest.raises(RuntimeError, match="the feature map needs weights"):
         layer_step_fused(**inputs)
 
 
@@ -376,11 +407,10 @@ def test_a_model_decodes_as_it_reads(setting, side, calls):
             expected = model(input_ids, attention_mask=mask).logits[:, 2:]
         with kernel_backend("cpp"):
             actual = decode(model, input_ids, mask, 3)
-    layers = model.config.layer_types.count("kernel_attention")
-    near = calls.count("window_step") + calls.count("layer_step")
-    assert near == (37 * layers if model.config.window_size else 0)
-    rule = model.config.update_rule
-    assert bool({f"{rule}_step", "layer_step"} & set(calls)) == (model.config.window_size < 40)
+    layers, rule = model.config.layer_types.count("kernel_attention"), f"{model.config.update_rule}_step"
+    of_tokens = "window_step" if model.config.window_size else rule
+    assert calls.count(of_tokens) + calls.count("layer_step") == 37 * layers
+    assert bool({rule, "layer_step"} & set(calls)) == (model.config.window_size < 40)
     seen = mask[:, 2:] == 1
     # Rounding passes through two or three layers whose weights are large.
     assert_close(actual[seen], expected[seen], 1e-4)
@@ -397,6 +427,7 @@ def test_generation_writes_the_same(calls):
     assert "layer_step" in calls
 
 
+PURE = {"window_size": 0, "num_sink_tokens": 0}
 LAYERS = {
     "default": {},
     "without_gate": {"forget_gate": False},
@@ -417,6 +448,19 @@ LAYERS = {
     "additive_hedgehog": {"update_rule": "additive", "feature_map": "hedgehog", "feature_dim": 9},
     "additive_without_gate": {"update_rule": "additive", "forget_gate": False, "conv_kernel_size": 0},
     "additive_one_token_window": {"update_rule": "additive", "window_size": 1, "num_sink_tokens": 0},
+    "relu": {"feature_map": "relu"},
+    "dpfp": {"feature_map": "dpfp"},
+    "taylor": {"feature_map": "taylor", "feature_dim": 4},
+    "favor": {"feature_map": "favor", "num_key_value_heads": 1},
+    "additive_relu": {"update_rule": "additive", "feature_map": "relu"},
+    "additive_dpfp": {"update_rule": "additive", "feature_map": "dpfp", "feature_dim": 32},
+    "additive_taylor": {"update_rule": "additive", "feature_map": "taylor", "feature_dim": 3},
+    "additive_taylor_of_whole_heads": {"update_rule": "additive", "feature_map": "taylor", "feature_dim": 8},
+    "additive_favor": {"update_rule": "additive", "feature_map": "favor", "feature_dim": 19},
+    "pure": PURE,
+    "pure_without_gate": PURE | {"forget_gate": False, "conv_kernel_size": 0, "use_qk_norm": True},
+    "pure_additive": PURE | {"update_rule": "additive", "feature_map": "elu"},
+    "pure_additive_favor": PURE | {"update_rule": "additive", "feature_map": "favor", "num_key_value_heads": 1},
 }
 
 
@@ -530,11 +574,18 @@ def hook_the_norm(model) -> None:
     model.model.layers[1].self_attn.far_norm.register_forward_hook(lambda module, args, output: 2 * output)
 
 
-@pytest.mark.parametrize("case", ["hooks", "dpfp", "taylor", "no_window", "recording", "static", "short", "offloaded"])
-def test_other_layers_are_left_to_other_forms(case, calls):
-    changes = {"dpfp": {"feature_map": "dpfp"}, "no_window": {"window_size": 0, "num_sink_tokens": 0}}
-    changes["taylor"] = {"update_rule": "additive", "feature_map": "taylor"}
-    model, length = tiny_model("delta", **changes.get(case, {})), 9 if case == "short" else 30
+class SharperEluFeatureMap(EluFeatureMap):
+    """One of a user."""
+
+    def features(self, tensor):
+        return super().features(2 * tensor)
+
+
+@pytest.mark.parametrize("case", ["hooks", "users_map", "recording", "static", "short", "offloaded"])
+def test_other_layers_are_left_to_other_forms(case, calls, monkeypatch):
+    monkeypatch.setitem(FEATURE_MAPS, "sharper", SharperEluFeatureMap)
+    changes = {"feature_map": "sharper"} if case == "users_map" else {}
+    model, length = tiny_model("delta", **changes), 9 if case == "short" else 30
     if case == "hooks":
         hook_the_norm(model)
     input_ids, cache = tokens(1, length + 1), DynamicCache(config=model.config)

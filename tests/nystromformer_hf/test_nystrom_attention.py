@@ -287,8 +287,11 @@ def test_convolution_of_any_size(kernel_size, seq_len):
 
 @pytest.mark.parametrize("kernel_size", [1, 4, 5, 40, 65])
 @pytest.mark.parametrize("seq_len", [1, 31, 32, 70])
-def test_convolution_has_the_gradient_of_torchs_own(kernel_size, seq_len):
-    """Against `conv2d` and autograd, around the borders of blocks, with a residual; float64, so 1e-11 is rounding."""
+@pytest.mark.parametrize("span", [na.CONVOLUTION_SPAN, 1])
+def test_convolution_has_the_gradient_of_torchs_own(kernel_size, seq_len, span, monkeypatch):
+    """Against `conv2d` and autograd, around the borders of blocks, whose spans are of one block or of all, with a residual;
+    float64, so 1e-11 is rounding."""
+    monkeypatch.setattr(na, "CONVOLUTION_SPAN", span)
     value, residual, upstream = (x.requires_grad_() for x in draw(2, seq_len))
     weight = torch.randn(3, 1, kernel_size, 1, dtype=torch.float64, requires_grad=True)
     padded = F.pad(value, (0, 0, kernel_size // 2, (kernel_size - 1) // 2))
