@@ -223,7 +223,10 @@ class KermitKernelAttention(KermitSoftmaxAttention):
             return None
         # After the choice of a kernel: it looks at numbers, which tracing and the meta device do not have.
         state = cache.steady_state(hidden_states.shape[0], config.num_key_value_heads, self.head_dim)
-        if state is None or state["keys"].dtype != hidden_states.dtype:
+        if state is None:
+            return None
+        # A cache that was begun under autocast may hold half precision.
+        if any(tensor is not None and tensor.dtype != hidden_states.dtype for tensor in state.values()):
             return None
         if config.conv_kernel_size and state["conv_tail"].shape[1] != len(self.conv_weight):
             return None

@@ -390,7 +390,7 @@ struct FeatureRows {
 
   // Writes the features of a row of this head; returns their log scale, as queries have it.
   float write(int64_t head, Stabiliser stabiliser, const float* from, float* to) const {
-    const float* of_head = weight ? weight + head * dim * width : nullptr;
+    const float* of_head = weight && map != FAVOR ? weight + head * dim * width : weight;
     float log_scale = 0.0f;
     switch (map) {
       case SILU: map_silu(dim, from, to); break;

@@ -492,6 +492,21 @@ def test_a_layer_that_forgets_at_once(setting, calls):
     assert_layers_follow(model, calls)
 
 
+@pytest.mark.parametrize("rule", ["delta", "additive"])
+def test_random_features_of_keys_at_the_limits_of_their_exponents(rule, calls):
+    """Where the delta rule scales them by their largest one and the additive rule by the key's length."""
+    model = tiny_model("delta", update_rule=rule, feature_map="favor", conv_kernel_size=0)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.k_proj.weight *= 10.0
+    exponents = []
+    mapped = FavorFeatureMap._exp
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FavorFeatureMap, "_exp", staticmethod(lambda e: exponents.append(e) or mapped(e)))
+        assert_layers_follow(model, calls)
+    assert max(-exponent.min() for exponent in exponents) > 100
+
+
 def test_norms_of_different_epsilon_are_left_to_other_forms(calls):
     model, input_ids = tiny_model("delta", use_qk_norm=True), tokens(1, 24)
     for layer in model.model.layers:
@@ -567,6 +582,21 @@ def test_the_cache_of_another_model_is_refused(other):
         cache = another(tokens(1, 30), use_cache=True).past_key_values
         with pytest.raises(ValueError, match="past_key_values"):
             model(tokens(1, 1), past_key_values=cache)
+
+
+@pytest.mark.parametrize("changes", [{}, PURE, PURE | {"update_rule": "additive", "feature_map": "favor"}])
+def test_a_cache_begun_under_autocast_is_gone_on_with(changes):
+    """Norms leave keys in float32 there, while values and the convolution's past are in half precision."""
+    model, input_ids = tiny_model("delta", use_qk_norm=True, **changes), tokens(1, 31)
+    with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16), kernel_backend("torch"):
+            cache = model(input_ids[:, :-1], use_cache=True).past_key_values
+        assert {tensor.dtype for tensor in cache.layers[0].tensors()} == {torch.float32, torch.bfloat16}
+        logits = []
+        for backend in ("torch", "cpp"):
+            with kernel_backend(backend):
+                logits.append(model(input_ids[:, -1:], past_key_values=copy.deepcopy(cache)).logits)
+    assert_close(logits[1], logits[0].double(), 1e-4)
 
 
 def hook_the_norm(model) -> None:
