@@ -22,21 +22,22 @@ using namespace window;
 // A block of queries with its running softmax: what of each query's scores has been taken up so far.
 class Block {
  public:
-  Block(int64_t dim, int64_t width)
-      : dim_(dim),
-        width_(width),
-        rows_(BLOCK * width),
-        queries_(BLOCK * width),
+  explicit Block(const Problem& problem)
+      : problem_(problem),
+        dim_(problem.dim),
+        width_(problem.width()),
+        rows_(BLOCK * width_),
+        queries_(BLOCK * width_),
         scores_(BLOCK * BLOCK),
-        sums_(BLOCK * width) {}
+        sums_(BLOCK * width_) {}
 
   // Starts from the far field, or from nothing. Queries have no positions yet.
   void start(const Place& place, const Rows& query, const Rows& far_value, const Rows& far_logit) {
-    pack_rows(query, place.rows, place.present, dim_, width_, rows_);
-    transpose(BLOCK, width_, rows_, width_, queries_, BLOCK);
+    pack_rows(query, place.rows, place.present, problem_.length, dim_, width_, rows_);
+    if (problem_.sinks) transpose(BLOCK, width_, rows_, width_, queries_, BLOCK);
     std::fill(largest_, largest_ + BLOCK, LOWEST);
     std::fill(total_, total_ + BLOCK, 0.0f);
-    pack_rows(far_value, place.rows, place.far, dim_, width_, sums_);
+    pack_rows(far_value, place.rows, place.far, far_value.data ? problem_.length : 0, dim_, width_, sums_);
     for (int64_t row = place.far.start; row < place.far.end; row++) {
       const float logit = *far_logit[row];
       largest_[row - place.rows.start] = std::max(LOWEST, logit);
@@ -78,9 +79,9 @@ class Block {
  private:
   // Hides what is not seen of the scores of these keys, and finds the largest score of each query.
   void find_largest(const Band& band, Range keys, float* largest) {
-    const bool hides_some = band.hides_some();
     const Range columns = band.columns_of(keys.start, keys.count());
     for (int64_t column = columns.start; column < columns.end; column += LANES) {
+      const bool hides_some = band.hides_some(keys, column);
       Vector found = load(largest + column);
       for (int64_t key = keys.start; key < keys.end; key++) {
         float* place = scores_ + key * BLOCK + column;
@@ -126,6 +127,7 @@ class Block {
       for (int64_t i = 0; i < width_; i += LANES) store(sums + i, factors[query] * load(sums + i));
   }
 
+  const Problem& problem_;
   int64_t dim_, width_;
   // Rows of queries and the same by columns; a tile (keys, BLOCK).
   Scratch rows_, queries_, scores_, sums_;
@@ -150,7 +152,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> window_forward(
 
   for_tasks(problem, [&](Tasks tasks) {
     Seen seen(problem, parts);
-    Block block(problem.dim, problem.width());
+    Block block(problem);
     const auto take = [&](const Band& band, const float* keys, const float* values, int64_t) {
       block.take_keys(band, keys, values);
     };

@@ -18,22 +18,23 @@ using namespace window;
 // A block of queries on the way back: each weight is again e^(score - largest) * share.
 class GradientBlock {
  public:
-  GradientBlock(int64_t dim, int64_t width)
-      : dim_(dim),
-        width_(width),
-        queries_(BLOCK * width),
-        query_columns_(BLOCK * width),
-        grads_(BLOCK * width),
-        grad_columns_(BLOCK * width),
+  explicit GradientBlock(const Problem& problem)
+      : problem_(problem),
+        dim_(problem.dim),
+        width_(problem.width()),
+        queries_(BLOCK * width_),
+        query_columns_(BLOCK * width_),
+        grads_(BLOCK * width_),
+        grad_columns_(BLOCK * width_),
         weights_(BLOCK * BLOCK),
         grad_scores_(BLOCK * BLOCK),
-        grad_queries_(BLOCK * width) {}
+        grad_queries_(BLOCK * width_) {}
 
   // Queries have no positions yet.
   void start(const Place& place, const Rows& query, const Rows& grad, const Rows& output, const Rows& largest,
              const Rows& share) {
-    take_queries(place, query);
-    pack_rows(grad, place.rows, place.present, dim_, width_, grads_);
+    pack_rows(query, place.rows, place.present, problem_.length, dim_, width_, queries_);
+    pack_rows(grad, place.rows, place.present, problem_.length, dim_, width_, grads_);
     transpose(BLOCK, width_, grads_, width_, grad_columns_, BLOCK);
     std::fill(grad_queries_ + 0, grad_queries_ + BLOCK * width_, 0.0f);
     for (int64_t query = 0; query < BLOCK; query++) {
@@ -50,10 +51,12 @@ class GradientBlock {
     transpose(BLOCK, width_, queries_, width_, query_columns_, BLOCK);
   }
 
-  // Queries, and their gradients so far, have no positions again.
+  // The gradients so far, and for sinks queries, have no positions again.
   void turn_back(const Place& place, const Positions& positions, float scaling, const Rows& query) {
-    take_queries(place, query);
     turn_rows(place, positions, scaling, dim_, width_, grad_queries_, true);
+    if (problem_.sinks == 0) return;
+    pack_rows(query, place.rows, place.present, 0, dim_, width_, queries_);
+    transpose(BLOCK, width_, queries_, width_, query_columns_, BLOCK);
   }
 
   void take_far(const Place& place, const Rows& value, const Rows& logit, const Rows& grad_value,
@@ -97,18 +100,13 @@ class GradientBlock {
   }
 
  private:
-  void take_queries(const Place& place, const Rows& query) {
-    pack_rows(query, place.rows, place.present, dim_, width_, queries_);
-    transpose(BLOCK, width_, queries_, width_, query_columns_, BLOCK);
-  }
-
   // Turns the scores of a few keys into weights, finds the scores' gradient and adds to that of the values.
   void take_rows(const Band& band, int64_t key, const float* values, float* grad_values) {
     const int64_t count = std::min(TILE_ROWS, band.keys - key);
     const Range columns = band.columns_of(key, count), seen = band.queries_of(key, count);
     product_band(count, dim_, columns, values + key * width_, width_, grad_columns_, grad_scores_ + key * BLOCK);
-    const bool hides_some = band.hides_some();
     for (int64_t column = columns.start; column < columns.end; column += LANES) {
+      const bool hides_some = band.hides_some({key, key + count}, column);
       for (int64_t row = key; row < key + count; row++) {
         float *weight_place = weights_ + row * BLOCK + column, *grad_place = grad_scores_ + row * BLOCK + column;
         Vector scores = load(weight_place);
@@ -135,6 +133,7 @@ class GradientBlock {
     return sum;
   }
 
+  const Problem& problem_;
   int64_t dim_, width_;
   // Rows of queries and of the output's gradient, and the same by columns; tiles (keys, BLOCK).
   Scratch queries_, query_columns_, grads_, grad_columns_, weights_, grad_scores_, grad_queries_;
@@ -199,7 +198,7 @@ window_backward(const at::Tensor& query, const at::Tensor& key, const at::Tensor
     Seen seen(problem, parts);
     const Scratch key_sums(problem.most_keys() * width), value_sums(problem.most_keys() * width);
     const Scratch sink_sums(2 * problem.sinks * width);
-    GradientBlock block(dim, width);
+    GradientBlock block(problem);
     for (int64_t index; tasks.next(index);) {
       const Task task(problem, index);
       const Range reach = task.reach(problem);

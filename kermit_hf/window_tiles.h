@@ -113,7 +113,11 @@ struct Band {
     const Range queries = queries_of(key, count);
     return queries.count() == 0 ? queries : Range{queries.start / LANES * LANES, round_up(queries.end)};
   }
-  bool hides_some() const { return padding > 0 || keys - 1 + offset > ahead || BLOCK - 1 - offset > behind; }
+  // Whether some of the queries of the vector from `column` on do not see all of these keys.
+  bool hides_some(Range some, int64_t column) const {
+    return some.start < padding || column < some.end - 1 + offset - ahead ||
+           column + LANES > some.start + offset + behind + 1;
+  }
   // Scores of one key for the queries from `column` on, -inf where they do not see it.
   Vector hide(Vector scores, int64_t key, int64_t column) const {
     static const IntVector lanes = first_numbers(std::make_index_sequence<LANES>());
@@ -202,9 +206,14 @@ void for_tasks(const Problem& problem, Function function) {
   in_parallel(problem.tasks(), function);
 }
 
-// Rows `range` one after the other, `width` apart, with zeros up to it and for rows outside of `present`.
-inline void pack_rows(const Rows& from, Range range, Range present, int64_t dim, int64_t width, float* to) {
+// Rows `range` one after the other, `width` apart, with zeros up to it and for rows outside of `present`. Fetches those
+// that come next, up to row `end`: the processor does not see by itself that rows of other heads lie between them.
+inline void pack_rows(const Rows& from, Range range, Range present, int64_t end, int64_t dim, int64_t width,
+                      float* to) {
+  constexpr int64_t LINE = 64 / sizeof(float), ROWS_AHEAD = 12;
   for (int64_t row = range.start; row < range.end; row++, to += width) {
+    if (row + ROWS_AHEAD < end)
+      for (int64_t i = 0; i < dim; i += LINE) __builtin_prefetch(from[row + ROWS_AHEAD] + i);
     const int64_t count = present.start <= row && row < present.end ? dim : 0;
     if (count) std::memcpy(to, from[row], count * sizeof(float));
     std::fill(to + count, to + width, 0.0f);
@@ -338,13 +347,13 @@ class Seen {
     const int64_t dim = problem_.dim, width = problem_.width();
     reach_ = task.reach(problem_);
     first_real_ = parts_.first_real[task.batch];
-    pack_rows(parts_.key.of(task.batch, task.kv_head), reach_, reach_, dim, width, keys_);
+    pack_rows(parts_.key.of(task.batch, task.kv_head), reach_, reach_, problem_.slots, dim, width, keys_);
     parts_.positions.turn(reach_.start, reach_.count(), dim, width, 1.0f, false, keys_);
-    pack_rows(parts_.value.of(task.batch, task.kv_head), reach_, reach_, dim, width, values_);
+    pack_rows(parts_.value.of(task.batch, task.kv_head), reach_, reach_, problem_.slots, dim, width, values_);
     if (problem_.sinks == 0) return;
     const Range sinks = {0, problem_.sinks};
-    pack_rows(parts_.sink_keys.of(task.batch, task.kv_head), sinks, sinks, dim, width, sink_keys_);
-    pack_rows(parts_.sink_values.of(task.batch, task.kv_head), sinks, sinks, dim, width, sink_values_);
+    pack_rows(parts_.sink_keys.of(task.batch, task.kv_head), sinks, sinks, sinks.end, dim, width, sink_keys_);
+    pack_rows(parts_.sink_values.of(task.batch, task.kv_head), sinks, sinks, sinks.end, dim, width, sink_values_);
   }
 
   // Calls take(band, keys, values, offset) with each tile of keys that the queries of a block see, `offset` from the
