@@ -18,6 +18,8 @@ import torch
 
 
 MIN_ROUNDS = 3
+# A run that takes longer is timed as it comes, for the sake of time.
+WARM_UP_SECONDS = 5.0
 # Edge of a square matrix large enough that its product runs at the machine's full rate; on a GPU or not.
 MATRIX_SIZE = {False: 1536, True: 8192}
 
@@ -118,9 +120,9 @@ def compare(
 ) -> list[Result | Skipped]:
     """Times all contenders in turn until `max_rounds` rounds or `seconds` are spent, at least three rounds.
 
-    The first run of each, not counted, warms up and measures memory; on a GPU the second does. Before a run of less than a second
-    comes another that is not counted: as in a loop of training steps, the contender then finds its own memory, not that of the
-    one before. After each run comes a large matrix product, which tells how fast the machine is at that moment.
+    The first run of each, not counted, warms up and measures memory; on a GPU the second does. Before a run of less than
+    `WARM_UP_SECONDS` comes another that is not counted: as in a loop of training steps, the contender then finds its own memory,
+    not that of the one before. After each run comes a large matrix product, which tells how fast the machine is at that moment.
     Contenders that would not keep to `limits`, judging by their `earlier` results or by that run, are skipped, and so are those
     that fail, see `unless_it_fails`.
     """
@@ -147,7 +149,7 @@ def compare(
             if name in skipped:
                 continue
             with unless_it_fails(skipped, name, length, contender.is_peer):
-                if not rounds[name] or rounds[name][-1] < 1.0:
+                if not rounds[name] or rounds[name][-1] < WARM_UP_SECONDS:
                     contender.run()
                 rounds[name].append(seconds_of(contender.run))
                 rates[name].append(product.rate())

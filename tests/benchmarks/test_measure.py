@@ -50,6 +50,13 @@ def test_every_contender_runs_in_every_round_and_the_order_is_kept():
     assert calls == ["a", "b"] + ["a", "a", "b", "b"] * 4
 
 
+def test_long_runs_are_timed_as_they_come(monkeypatch):
+    monkeypatch.setattr(measure, "WARM_UP_SECONDS", 0.0)
+    calls = []
+    compare({name: Contender(lambda name=name: calls.append(name)) for name in "ab"}, 5, PATIENT, max_rounds=3)
+    assert calls == ["a", "b"] + ["a", "a", "b", "b"] + ["a", "b"] * 2
+
+
 def test_memory_that_cannot_be_had_is_a_line_not_an_error():
     contenders = {"a": Contender(lambda: None), "b": Contender(out_of_memory)}
     batch = compare(contenders, 5, PATIENT, max_rounds=3)
