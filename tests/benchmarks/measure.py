@@ -18,8 +18,9 @@ import torch
 
 
 MIN_ROUNDS = 3
-# A run that takes longer is timed as it comes, for the sake of time.
-WARM_UP_SECONDS = 5.0
+# How long a contender runs before each run that is timed, at least once; one that takes longer than the second number is timed as
+# it comes, for the sake of time.
+WARM_UP_SECONDS, LONGEST_WARM_UP = 0.1, 5.0
 # Edge of a square matrix large enough that its product runs at the machine's full rate; on a GPU or not.
 MATRIX_SIZE = {False: 1536, True: 8192}
 
@@ -117,12 +118,14 @@ def compare(
     earlier: Sequence[Result | Skipped] = (),
     max_rounds: int = 7,
     seconds: float = 30.0,
+    warm_up_seconds: float | None = None,
 ) -> list[Result | Skipped]:
     """Times all contenders in turn until `max_rounds` rounds or `seconds` are spent, at least three rounds.
 
-    The first run of each, not counted, warms up and measures memory; on a GPU the second does. Before a run of less than
-    `WARM_UP_SECONDS` comes another that is not counted: as in a loop of training steps, the contender then finds its own memory,
-    not that of the one before. After each run comes a large matrix product, which tells how fast the machine is at that moment.
+    The first run of each, not counted, warms up and measures memory; on a GPU the second does. Before other runs, if
+    they are no longer than `LONGEST_WARM_UP`, come some that are not counted: as in a loop of training steps, the contender then
+    finds its own memory, and a system that no longer takes care of what the one before has freed. warm_up_seconds: for how long,
+    `WARM_UP_SECONDS` by default. After each run comes a large matrix product, which tells how fast the machine is at that moment.
     Contenders that would not keep to `limits`, judging by their `earlier` results or by that run, are skipped, and so are those
     that fail, see `unless_it_fails`.
     """
@@ -149,8 +152,8 @@ def compare(
             if name in skipped:
                 continue
             with unless_it_fails(skipped, name, length, contender.is_peer):
-                if not rounds[name] or rounds[name][-1] < WARM_UP_SECONDS:
-                    contender.run()
+                if not rounds[name] or rounds[name][-1] < LONGEST_WARM_UP:
+                    warm_up(contender.run, WARM_UP_SECONDS if warm_up_seconds is None else warm_up_seconds)
                 rounds[name].append(seconds_of(contender.run))
                 rates[name].append(product.rate())
     return [
@@ -255,6 +258,12 @@ def seconds_of(run: Callable[[], object]) -> float:
     run()
     synchronize()
     return time.perf_counter() - start
+
+
+def warm_up(run: Callable[[], object], seconds: float) -> None:
+    spent = seconds_of(run)
+    while spent < seconds:
+        spent += seconds_of(run)
 
 
 class MatrixProduct:

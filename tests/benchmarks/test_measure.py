@@ -27,6 +27,7 @@ PATIENT = Limits(seconds=1000.0)
 
 @pytest.fixture(autouse=True)
 def small_matrices_and_copies(monkeypatch):
+    monkeypatch.setattr(measure, "WARM_UP_SECONDS", 0.0)
     monkeypatch.setitem(measure.MATRIX_SIZE, False, 64)
     monkeypatch.setitem(roofline.COPIED_BYTES, False, 2**20)
 
@@ -50,8 +51,15 @@ def test_every_contender_runs_in_every_round_and_the_order_is_kept():
     assert calls == ["a", "b"] + ["a", "a", "b", "b"] * 4
 
 
+def test_short_runs_are_repeated_until_they_are_warm(monkeypatch):
+    monkeypatch.setattr(measure, "WARM_UP_SECONDS", 0.05)
+    calls = []
+    compare({"a": Contender(lambda: (calls.append("a"), time.sleep(0.02)))}, 5, PATIENT, max_rounds=3)
+    assert len(calls) == 1 + 3 * (3 + 1)
+
+
 def test_long_runs_are_timed_as_they_come(monkeypatch):
-    monkeypatch.setattr(measure, "WARM_UP_SECONDS", 0.0)
+    monkeypatch.setattr(measure, "LONGEST_WARM_UP", 0.0)
     calls = []
     compare({name: Contender(lambda name=name: calls.append(name)) for name in "ab"}, 5, PATIENT, max_rounds=3)
     assert calls == ["a", "b"] + ["a", "a", "b", "b"] + ["a", "b"] * 2
