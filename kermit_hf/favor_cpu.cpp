@@ -58,15 +58,6 @@ float* row_of(const Tensor& tensor, int64_t b, int64_t h, int64_t token) {
   return tensor.data_ptr<float>() + b * tensor.stride(0) + h * tensor.stride(1) + token * tensor.stride(2);
 }
 
-float sum_of_squares(int64_t count, const float* numbers) {
-  const int64_t whole = count / LANES * LANES;
-  Vector sum{};
-  for (int64_t j = 0; j < whole; j += LANES) sum += load(numbers + j) * load(numbers + j);
-  float rest = sum_of(sum);
-  for (int64_t j = whole; j < count; j++) rest += numbers[j] * numbers[j];
-  return rest;
-}
-
 // The largest of `count` numbers, in rows of whole vectors whose rest may be anything: it becomes the first number.
 float largest_in(int64_t count, int64_t width, float* numbers) {
   std::fill(numbers + count, numbers + width, numbers[0]);
@@ -93,7 +84,8 @@ std::tuple<Tensor, Tensor> favor_forward(const Tensor& states, const Tensor& pro
               exponents, sizes.width);
       for (int64_t i = 0; i < rows; i++) {
         float* row = exponents + i * sizes.width;
-        float shift = half_scale * sum_of_squares(sizes.dims, row_of(states, b, h, first + i));
+        const float* state = row_of(states, b, h, first + i);
+        float shift = half_scale * dot(sizes.dims, state, state);
         if (are_queries) {
           const float largest = largest_in(features, sizes.width, row);
           *row_of(log_scale, b, h, first + i) = largest - shift - log_count;
