@@ -21,8 +21,9 @@ using namespace tensors;
 using namespace tiles;
 using at::Tensor;
 
-constexpr int64_t BLOCK = 16 * TILE_ROWS;  // tokens that a thread takes at a time
-constexpr int64_t UNIT = 16;  // matrices come with rows of whole vectors of any size: see LANES in favor_cpu.py
+constexpr int64_t ROWS = 2 * TILE_ROWS,
+                  BLOCK = 8 * ROWS;  // tokens that are mapped at once, and that a thread takes at a time
+constexpr int64_t UNIT = 16;         // matrices come with rows of whole vectors of any size: see LANES in favor_cpu.py
 
 // Sizes of states (batch, heads, seq, dims), whose last axis is contiguous, and of their features.
 struct Sizes {
@@ -47,8 +48,8 @@ struct Sizes {
       auto visit = make();
       for (int64_t i; tasks.next(i);) {
         const int64_t row = i / blocks, first = i % blocks * BLOCK, last = std::min(first + BLOCK, length);
-        for (int64_t token = first; token < last; token += TILE_ROWS)
-          visit(row / heads, row % heads, token, std::min(TILE_ROWS, last - token));
+        for (int64_t token = first; token < last; token += ROWS)
+          visit(row / heads, row % heads, token, std::min(ROWS, last - token));
       }
     });
   }
@@ -79,7 +80,7 @@ std::tuple<Tensor, Tensor> favor_forward(const Tensor& states, const Tensor& pro
   const float half_scale = 0.5f / std::sqrt(static_cast<float>(sizes.dims)),
               log_count = std::log(static_cast<float>(features));
   sizes.for_tiles([&] {
-    return [&, exponents = Scratch(TILE_ROWS * sizes.width)](int64_t b, int64_t h, int64_t first, int64_t rows) {
+    return [&, exponents = Scratch(ROWS * sizes.width)](int64_t b, int64_t h, int64_t first, int64_t rows) {
       product(rows, sizes.dims, sizes.width, row_of(states, b, h, first), states.stride(2), 1, weights, sizes.width,
               exponents, sizes.width);
       for (int64_t i = 0; i < rows; i++) {
@@ -102,17 +103,22 @@ std::tuple<Tensor, Tensor> favor_forward(const Tensor& states, const Tensor& pro
 float exponent_gradients(int64_t count, const float* features, const float* grads, float* to) {
   static const float largest = 0.9999f * std::exp(MAX_EXPONENT);  // beyond it the exponent is clamped
   float sum = 0.0f;
-#pragma GCC ivdep
-  for (int64_t j = 0; j < count; j++) to[j] = features[j] < largest ? features[j] * grads[j] : 0.0f;
-  for (int64_t j = 0; j < count; j++) sum += to[j];
+#pragma omp simd reduction(+ : sum)
+  for (int64_t j = 0; j < count; j++) {
+    to[j] = features[j] < largest ? features[j] * grads[j] : 0.0f;
+    sum += to[j];
+  }
   return sum;
 }
 
 // The largest exponent, whose feature is one, gets `grad`; several equal ones share it.
 void add_to_largest(int64_t count, const float* features, float grad, float* to) {
   float number = 0.0f;
-  for (int64_t j = 0; j < count; j++) number += features[j] == 1.0f;
-  for (int64_t j = 0; j < count; j++) to[j] += features[j] == 1.0f ? grad / number : 0.0f;
+#pragma omp simd reduction(+ : number)
+  for (int64_t j = 0; j < count; j++) number += features[j] == 1.0f ? 1.0f : 0.0f;
+  const float share = grad / number;
+#pragma omp simd
+  for (int64_t j = 0; j < count; j++) to[j] += features[j] == 1.0f ? share : 0.0f;
 }
 
 // directions (features, width of dims): times head_dim^(-1/4), zeros beyond dims. grad_log_scale: of queries. Returns
@@ -127,9 +133,9 @@ Tensor favor_backward(const Tensor& states, const Tensor& directions, const Tens
   const Tensor grad_states = empty_states(sizes.batch, sizes.heads, sizes.length, sizes.dims, states);
   const float scale = 1.0f / std::sqrt(static_cast<float>(sizes.dims));
   sizes.for_tiles([&] {
-    return [&, exponents = Scratch(TILE_ROWS * sizes.features), sums = Scratch(TILE_ROWS * width)](
-               int64_t b, int64_t h, int64_t first, int64_t rows) {
-      float norm_grads[TILE_ROWS];
+    return [&, exponents = Scratch(ROWS * sizes.features), sums = Scratch(ROWS * width)](int64_t b, int64_t h,
+                                                                                         int64_t first, int64_t rows) {
+      float norm_grads[ROWS];
       for (int64_t i = 0; i < rows; i++) {
         const float *feature = row_of(features, b, h, first + i), *grad = row_of(grad_features, b, h, first + i);
         float* row = exponents + i * sizes.features;

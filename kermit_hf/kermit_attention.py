@@ -4,7 +4,7 @@ With W = `window_size`, the query in slot i (see `Slots`) attends exactly to slo
 reads everything older, slot i - W and before, from the memory.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
@@ -106,21 +106,44 @@ def _in_segments(
     window_size: int,
     segment: int,
 ) -> KermitAttentionOutput:
-    """The same attention, one segment after the other: each starts from the memory and the window that the last one left."""
+    """The same attention, one segment after the other. Without gradients each segment is written into its place, tokens before
+    heads, as the projection behind the attention reads them."""
+    segments = _each_segment(attend, query, slots, rotary, far_logit, window_size, segment)
+    if torch.is_grad_enabled():
+        outputs = list(segments)
+        return KermitAttentionOutput(torch.cat([each.output for each in outputs], 2), outputs[-1].memory)
+    batch, heads, length, _ = query.shape
+    output, memory, start = None, None, 0
+    for part, memory, *_ in segments:
+        if output is None:
+            output = part.new_empty(batch, length, heads, part.shape[3]).transpose(1, 2)
+        end = start + part.shape[2]
+        output[:, :, start:end] = part
+        start = end
+    return KermitAttentionOutput(output, memory)
+
+
+def _each_segment(
+    attend: Callable[..., KermitAttentionOutput],
+    query: torch.Tensor,
+    slots: Slots,
+    rotary: tuple[torch.Tensor, torch.Tensor] | None,
+    far_logit: torch.Tensor,
+    window_size: int,
+    segment: int,
+) -> Iterator[KermitAttentionOutput]:
+    """Each segment starts from the memory and the window that the last one left."""
     tokens = {"keys": slots.keys, "values": slots.values, **slots.gates}
-    queries, logits = query.split(segment, 2), far_logit.split(segment, 2)
-    # Where each segment ends and where the next one's window, which reaches back into it, starts. Pieces between these
-    # borders, not slices: the gradient of each slice would be as large as the whole sequence.
+    # Where each segment ends and where the next one's window, which reaches back into it, starts.
     past, num_slots = slots.keys.shape[2] - query.shape[2], slots.keys.shape[2]
     ends = [*range(past + segment, num_slots, segment), num_slots]
     starts = [0] + [max(end - window_size, 0) for end in ends[:-1]]
-    borders = sorted({0, num_slots, *starts, *ends})
-    sizes = [end - start for start, end in pairwise(borders)]
-    pieces = {name: dict(zip(borders[:-1], tensor.split(sizes, 2), strict=True)) for name, tensor in tokens.items()}
-    memory, outputs = slots.memory, []
-    for segment_query, segment_logit, start, end in zip(queries, logits, starts, ends, strict=True):
-        inside = [border for border in borders if start <= border < end]
-        near = {name: _join([parts[border] for border in inside]) for name, parts in pieces.items()}
+    cut = _cut_by_pieces if torch.is_grad_enabled() else _cut_by_slices
+    parts = {name: cut(tensor, starts, ends) for name, tensor in tokens.items()}
+    memory = slots.memory
+    queries, logits = query.split(segment, 2), far_logit.split(segment, 2)
+    for segment_query, segment_logit, start in zip(queries, logits, starts, strict=True):
+        near = {name: next(part) for name, part in parts.items()}
         segment_slots = slots._replace(
             keys=near.pop("keys"),
             values=near.pop("values"),
@@ -131,12 +154,22 @@ def _in_segments(
         )
         result = attend(segment_query, segment_slots, rotary, segment_logit)
         memory = result.memory
-        outputs.append(result.output)
-    return KermitAttentionOutput(torch.cat(outputs, 2), memory)
+        yield result
 
 
-def _join(pieces: list[torch.Tensor]) -> torch.Tensor:
-    return torch.cat(pieces, 2) if len(pieces) > 1 else pieces[0]
+def _cut_by_slices(tensor: torch.Tensor, starts: list[int], ends: list[int]) -> Iterator[torch.Tensor]:
+    for start, end in zip(starts, ends, strict=True):
+        yield tensor[:, :, start:end]
+
+
+def _cut_by_pieces(tensor: torch.Tensor, starts: list[int], ends: list[int]) -> Iterator[torch.Tensor]:
+    """The same, put together from pieces between all these borders: the gradient of each slice would be as large as the tensor."""
+    borders = sorted({*starts, *ends})
+    sizes = [end - start for start, end in pairwise(borders)]
+    pieces = dict(zip(borders[:-1], tensor.split(sizes, 2), strict=True))
+    for start, end in zip(starts, ends, strict=True):
+        inside = [pieces[border] for border in borders if start <= border < end]
+        yield torch.cat(inside, 2) if len(inside) > 1 else inside[0]
 
 
 def _attend(

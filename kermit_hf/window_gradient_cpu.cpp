@@ -40,6 +40,7 @@ class GradientBlock {
     for (int64_t query = 0; query < BLOCK; query++) {
       const int64_t row = place.rows.start + query;
       const bool exists = place.present.start <= row && row < place.present.end;
+      fetch_ahead(output, row, problem_.length, dim_);
       largest_[query] = exists ? *largest[row] : 0.0f;
       share_[query] = exists ? *share[row] : 0.0f;
       agreement_[query] = exists ? dot(grads_ + query * width_, output[row]) : 0.0f;
@@ -70,6 +71,7 @@ class GradientBlock {
       store(weights_ + column, weigh(load(logits), column));
     }
     for (int64_t row = place.far.start; row < place.far.end; row++) {
+      fetch_ahead(value, row, problem_.length, dim_);
       const int64_t query = row - place.rows.start;
       const float weight = weights_[query];
       const float* grad = grads_ + query * width_;

@@ -206,14 +206,20 @@ void for_tasks(const Problem& problem, Function function) {
   in_parallel(problem.tasks(), function);
 }
 
+// Fetches a row that comes soon, if it lies before `end`: the processor does not see by itself that rows of other heads
+// lie between those of one.
+inline void fetch_ahead(const Rows& rows, int64_t row, int64_t end, int64_t dim) {
+  constexpr int64_t LINE = 64 / sizeof(float), ROWS_AHEAD = 12;
+  if (row + ROWS_AHEAD >= end) return;
+  for (int64_t i = 0; i < dim; i += LINE) __builtin_prefetch(rows[row + ROWS_AHEAD] + i);
+}
+
 // Rows `range` one after the other, `width` apart, with zeros up to it and for rows outside of `present`. Fetches those
-// that come next, up to row `end`: the processor does not see by itself that rows of other heads lie between them.
+// that come next, up to row `end`.
 inline void pack_rows(const Rows& from, Range range, Range present, int64_t end, int64_t dim, int64_t width,
                       float* to) {
-  constexpr int64_t LINE = 64 / sizeof(float), ROWS_AHEAD = 12;
   for (int64_t row = range.start; row < range.end; row++, to += width) {
-    if (row + ROWS_AHEAD < end)
-      for (int64_t i = 0; i < dim; i += LINE) __builtin_prefetch(from[row + ROWS_AHEAD] + i);
+    fetch_ahead(from, row, end, dim);
     const int64_t count = present.start <= row && row < present.end ? dim : 0;
     if (count) std::memcpy(to, from[row], count * sizeof(float));
     std::fill(to + count, to + width, 0.0f);
