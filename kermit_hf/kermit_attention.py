@@ -113,14 +113,14 @@ def _in_segments(
         outputs = list(segments)
         return KermitAttentionOutput(torch.cat([each.output for each in outputs], 2), outputs[-1].memory)
     batch, heads, length, _ = query.shape
-    output, memory, start = None, None, 0
-    for part, memory, *_ in segments:
+    output, start = None, 0
+    for part in segments:
         if output is None:
-            output = part.new_empty(batch, length, heads, part.shape[3]).transpose(1, 2)
-        end = start + part.shape[2]
-        output[:, :, start:end] = part
+            output = part.output.new_empty(batch, length, heads, part.output.shape[3]).transpose(1, 2)
+        end = start + part.output.shape[2]
+        output[:, :, start:end] = part.output
         start = end
-    return KermitAttentionOutput(output, memory)
+    return KermitAttentionOutput(output, part.memory)
 
 
 def _each_segment(
