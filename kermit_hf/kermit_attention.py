@@ -116,7 +116,9 @@ def _in_segments(
     output, start = None, 0
     for part in segments:
         if output is None:
-            output = part.output.new_empty(batch, length, heads, part.output.shape[3]).transpose(1, 2)
+            # The first one may have nothing behind its window, and then the dtype of its states; all others have float32 at least.
+            dtype = torch.promote_types(part.output.dtype, torch.float32)
+            output = part.output.new_empty(batch, length, heads, part.output.shape[3], dtype=dtype).transpose(1, 2)
         end = start + part.output.shape[2]
         output[:, :, start:end] = part.output
         start = end

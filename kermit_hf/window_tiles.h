@@ -206,12 +206,13 @@ void for_tasks(const Problem& problem, Function function) {
   in_parallel(problem.tasks(), function);
 }
 
-// Fetches a row that comes soon, if it lies before `end`: the processor does not see by itself that rows of other heads
-// lie between those of one.
+// Fetches a row that comes soon, if there is one before `end`: the processor does not see by itself that rows of other
+// heads lie between those of one.
 inline void fetch_ahead(const Rows& rows, int64_t row, int64_t end, int64_t dim) {
   constexpr int64_t LINE = 64 / sizeof(float), ROWS_AHEAD = 12;
-  if (row + ROWS_AHEAD >= end) return;
-  for (int64_t i = 0; i < dim; i += LINE) __builtin_prefetch(rows[row + ROWS_AHEAD] + i);
+  const int64_t next = row + ROWS_AHEAD;
+  if (next < 0 || next >= end) return;
+  for (int64_t i = 0; i < dim; i += LINE) __builtin_prefetch(rows[next] + i);
 }
 
 // Rows `range` one after the other, `width` apart, with zeros up to it and for rows outside of `present`. Fetches those

@@ -527,6 +527,33 @@ def test_segments_change_nothing(rule, window, monkeypatch):
 
 
 @pytest.mark.parametrize("rule", ["delta", "additive"])
+@pytest.mark.parametrize("window", [0, 4])
+@pytest.mark.parametrize("length", [40, 15])
+@pytest.mark.parametrize("first_real", [0, torch.tensor([0, 6])])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_segments_without_gradients_are_those_with(rule, window, length, first_real, dtype, monkeypatch):
+    """Written into one tensor instead of put together from pieces: whole texts and the last tokens of them, of one dtype even
+    where the first segment has nothing behind its window."""
+    monkeypatch.setattr(kermit_attention, "_segment_size", lambda query, window_size: 4)
+    feature_map = FEATURE_MAPS["elu"](4, None, 4, 2)
+    feature_map.unit_norm = rule == "delta"
+    query, keys, values = torch.randn(2, 4, length, 4, dtype=dtype), *torch.randn(2, 2, 2, 40, 4, dtype=dtype)
+    gates = {"log_forget": -torch.rand(2, 2, 40), "write_strength": torch.rand(2, 2, 40)}
+    if rule == "additive":
+        del gates["write_strength"]
+    angles = torch.arange(40)[:, None] * torch.tensor([1.0, 0.1, 1.0, 0.1])
+    slots = Slots(keys, values, gates, first_real, *first_tokens(keys, values, first_real, 2 if window else 0))
+    maps, rotary = (feature_map.map_queries, feature_map.map_keys), (angles.cos(), angles.sin())
+    found = []
+    for gradients in (True, False):
+        with torch.set_grad_enabled(gradients):
+            inputs = query, slots, rotary, window, rule, *maps, torch.zeros(2, 4, length), nn.Identity()
+            found.append(kermit_attention.kermit_attention(*inputs))
+    torch.testing.assert_close(found[1].output, found[0].output)
+    torch.testing.assert_close(found[1].memory.matrix, found[0].memory.matrix)
+
+
+@pytest.mark.parametrize("rule", ["delta", "additive"])
 @pytest.mark.parametrize("first_real", [0, 3, torch.tensor([0, 6])])
 @pytest.mark.parametrize("num_absorbed", [None, 0, 1, 5, 17])
 def test_tokens_that_may_be_taken_back_are_read_and_not_kept(rule, first_real, num_absorbed):
