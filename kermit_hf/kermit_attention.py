@@ -85,7 +85,8 @@ def kermit_attention(
     kernel = find_kernel(update_rule, map_queries, map_keys, query, slots.values, is_gated)
     if kernel is not None and kernel.whole_texts:
         return attend(query, slots, rotary, far_logit)
-    return _in_segments(attend, query, slots, rotary, far_logit, window_size, segment)
+    segments = _in_segments(attend, query, slots, rotary, far_logit, window_size, segment)
+    return _joined(segments, query.shape[2])
 
 
 def _segment_size(query: torch.Tensor, window_size: int) -> int:
@@ -105,36 +106,8 @@ def _in_segments(
     far_logit: torch.Tensor,
     window_size: int,
     segment: int,
-) -> KermitAttentionOutput:
-    """The same attention, one segment after the other. Without gradients each segment is written into its place, tokens before
-    heads, as the projection behind the attention reads them."""
-    segments = _each_segment(attend, query, slots, rotary, far_logit, window_size, segment)
-    if torch.is_grad_enabled():
-        outputs = list(segments)
-        return KermitAttentionOutput(torch.cat([each.output for each in outputs], 2), outputs[-1].memory)
-    batch, heads, length, _ = query.shape
-    output, start = None, 0
-    for part in segments:
-        if output is None:
-            # The first one may have nothing behind its window, and then the dtype of its states; all others have float32 at least.
-            dtype = torch.promote_types(part.output.dtype, torch.float32)
-            output = part.output.new_empty(batch, length, heads, part.output.shape[3], dtype=dtype).transpose(1, 2)
-        end = start + part.output.shape[2]
-        output[:, :, start:end] = part.output
-        start = end
-    return KermitAttentionOutput(output, part.memory)
-
-
-def _each_segment(
-    attend: Callable[..., KermitAttentionOutput],
-    query: torch.Tensor,
-    slots: Slots,
-    rotary: tuple[torch.Tensor, torch.Tensor] | None,
-    far_logit: torch.Tensor,
-    window_size: int,
-    segment: int,
 ) -> Iterator[KermitAttentionOutput]:
-    """Each segment starts from the memory and the window that the last one left."""
+    """The same attention, one segment after the other: each starts from the memory and the window that the last one left."""
     tokens = {"keys": slots.keys, "values": slots.values, **slots.gates}
     # Where each segment ends and where the next one's window, which reaches back into it, starts.
     past, num_slots = slots.keys.shape[2] - query.shape[2], slots.keys.shape[2]
@@ -172,6 +145,24 @@ def _cut_by_pieces(tensor: torch.Tensor, starts: list[int], ends: list[int]) -> 
     for start, end in zip(starts, ends, strict=True):
         inside = [pieces[border] for border in borders if start <= border < end]
         yield torch.cat(inside, 2) if len(inside) > 1 else inside[0]
+
+
+def _joined(segments: Iterator[KermitAttentionOutput], length: int) -> KermitAttentionOutput:
+    """As one of so many queries. Without gradients each segment is written into its place as it comes, tokens before heads, as the
+    projection behind the attention reads them."""
+    if torch.is_grad_enabled():
+        parts = list(segments)
+        return KermitAttentionOutput(torch.cat([part.output for part in parts], 2), parts[-1].memory)
+    output, start = None, 0
+    for part in segments:
+        batch, heads, count, head_dim = part.output.shape
+        if output is None:
+            # The first one may have nothing behind its window, and then the dtype of its states; all others have float32 at least.
+            dtype = torch.promote_types(part.output.dtype, torch.float32)
+            output = part.output.new_empty(batch, length, heads, head_dim, dtype=dtype).transpose(1, 2)
+        output[:, :, start : start + count] = part.output
+        start += count
+    return KermitAttentionOutput(output, part.memory)
 
 
 def _attend(
