@@ -21,9 +21,9 @@ using namespace tensors;
 using namespace tiles;
 using at::Tensor;
 
-constexpr int64_t ROWS = 2 * TILE_ROWS,
-                  BLOCK = 8 * ROWS;  // tokens that are mapped at once, and that a thread takes at a time
-constexpr int64_t UNIT = 16;         // matrices come with rows of whole vectors of any size: see LANES in favor_cpu.py
+constexpr int64_t ROWS = 2 * TILE_ROWS;  // tokens that are mapped at once
+constexpr int64_t BLOCK = 8 * ROWS;      // tokens that a thread takes at a time
+constexpr int64_t UNIT = 16;  // matrices come with rows of whole vectors of any size: see LANES in favor_cpu.py
 
 // Sizes of states (batch, heads, seq, dims), whose last axis is contiguous, and of their features.
 struct Sizes {
