@@ -22,7 +22,7 @@ from .depthwise_conv import depthwise_conv
 from .feature_maps import FEATURE_MAPS
 from .kermit_attention import KermitAttentionOutput, kermit_attention
 from .padding import Padding
-from .slots import Slots, first_tokens
+from .slots import Slots, slots_of_text
 
 
 class KermitSoftmaxAttention(nn.Module):
@@ -149,9 +149,7 @@ class KermitKernelAttention(KermitSoftmaxAttention):
 
         if cache is None:
             first_real = 0 if padding is None else padding.num_pad
-            num_sinks = self.config.num_sink_tokens
-            sink_keys, sink_values = first_tokens(key, value, first_real, num_sinks)
-            slots = Slots(key, value, gates, first_real, sink_keys, sink_values)
+            slots = slots_of_text(key, value, gates, first_real, self.config.num_sink_tokens)
         else:
             past_key_values.update(
                 key,

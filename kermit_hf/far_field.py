@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from .backends import Kernel, find_kernel, find_step_kernel
-from .functions import apply_function, first_derivative_only
+from .functions import apply_function
 from .kernel_attention import (
     KernelMemory,
     KernelReadout,
@@ -22,7 +22,7 @@ from .kernel_attention import (
     delta_reference,
     delta_step,
 )
-from .slots import Slots, all_have_older, column, num_older
+from .slots import Slots, TakePart, all_have_older, column, num_older
 from .window_attention import FarField, pad_zeros
 
 
@@ -70,7 +70,7 @@ def read_far_field(
     hands_on: bool,
 ) -> tuple[FarReadout | None, KernelMemory | None, torch.Tensor, Slots]:
     """What each query reads of slots older than its window, and the memory after the absorbed slots; also queries and slots, which
-    with `hands_on` have to be used from now on instead of the given ones, by what `_TakePart` asks for."""
+    with `hands_on` have to be used from now on instead of the given ones, by what `TakePart` asks for."""
     rule = UPDATE_RULES[update_rule]
     if slots.keys.shape[2] <= window_size:
         return None, slots.memory, query, slots
@@ -155,32 +155,11 @@ def _far_behind(
 def _take_part(tensor: torch.Tensor, start: int, end: int, hands_on: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Slots start ... end, and the tensor to go on with."""
     if hands_on:
-        return _TakePart.apply(tensor, start, end)
+        return TakePart.apply(tensor, slice(start, end))
     if end - start == tensor.shape[2]:
         return tensor, tensor
     # `split`, because its gradient writes what it fills with zeros once, and that of a slice twice.
     return tensor.split([start, end - start, tensor.shape[2] - end], 2)[1], tensor
-
-
-class _TakePart(torch.autograd.Function):
-    """Slots start ... end, and the tensor itself, to be used from then on. The gradient of the former is added to that of the latter
-    in place, where autograd would make two more as large as the tensor: nobody else may hold it, so all that goes into it
-    has to come from an operation that makes its gradients anew."""
-
-    @staticmethod
-    def forward(ctx, tensor, start, end):
-        ctx.start, ctx.end, ctx.shape = start, end, tensor.shape
-        ctx.set_materialize_grads(False)
-        return tensor[:, :, start:end], tensor.view_as(tensor)
-
-    @staticmethod
-    @first_derivative_only
-    def backward(ctx, grad_part, grad):
-        if grad is None and grad_part is not None:
-            grad = grad_part.new_zeros(ctx.shape)
-        if grad_part is not None:
-            grad[:, :, ctx.start : ctx.end] += grad_part
-        return grad, None, None
 
 
 def _far_both_ways(

@@ -16,7 +16,7 @@ from .backends import find_fused_window, find_kernel, find_norm, find_window, fi
 from .far_field import normalized_value, normalized_weights, read_far_field, virtual_token
 from .functions import apply_function
 from .kernel_attention import KernelMemory
-from .slots import Slots, all_have_older, num_older
+from .slots import Slots, all_have_older, num_older, with_sinks_taken
 from .window_attention import FarField, Sinks, pad_zeros, window_blocked, window_reference, window_step
 
 
@@ -126,6 +126,7 @@ def _in_segments(
             first_real=slots.first_real - start,
             first_filled=slots.first_filled - start,
             memory=memory,
+            sink_slots=None,
         )
         result = attend(segment_query, segment_slots, rotary, segment_logit)
         memory = result.memory
@@ -184,6 +185,8 @@ def _attend(
     # A window over everything is ordinary attention, which torch has a kernel for.
     fuses = 0 < window_size < num_slots and length > 1 and dropout == 0.0 and not explicit
     fused = find_fused_window(query) if fuses else None
+    if fused is not None:
+        slots = with_sinks_taken(slots)
     far, memory, query, slots = read_far_field(
         query, slots, window_size, update_rule, map_queries, map_keys, is_causal, explicit, hands_on=fused is not None
     )

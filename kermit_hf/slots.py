@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from .functions import first_derivative_only
 from .kernel_attention import KernelMemory
 
 
@@ -18,7 +19,8 @@ class Slots(NamedTuple):
     (batch,), negative where it has left. sink_keys, sink_values: (batch, kv_heads, num_sink_tokens, head_dim). memory:
     of the tokens before the first slot, None if there are none. first_filled: slot of each row's first token that is
     still here, an int or (batch,); padding in the middle of a row leaves free slots before it. num_absorbed: how many
-    slots, from the first on, the memory may keep for good; None is all that leave the window.
+    slots, from the first on, the memory may keep for good; None is all that leave the window. sink_slots: (batch,
+    num_sink_tokens), which of the slots the sinks are; None where they may be elsewhere.
     """
 
     keys: torch.Tensor
@@ -30,26 +32,71 @@ class Slots(NamedTuple):
     memory: KernelMemory | None = None
     first_filled: int | torch.Tensor = 0
     num_absorbed: int | None = None
+    sink_slots: torch.Tensor | None = None
 
 
-def first_tokens(
-    key: torch.Tensor, value: torch.Tensor, first_real: int | torch.Tensor, count: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The first `count` real tokens of each row, (batch, kv_heads, count, head_dim); short rows repeat their last one,
-    which no query sees."""
-    index = torch.arange(count, device=key.device)
+def slots_of_text(
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    gates: dict[str, torch.Tensor],
+    first_real: int | torch.Tensor,
+    num_sinks: int,
+) -> Slots:
+    """A text without a past. Its sinks are the first real tokens of each row; short rows repeat their last one, which no query
+    sees."""
+    index = torch.arange(num_sinks, device=keys.device)
     index = index + (first_real[:, None] if isinstance(first_real, torch.Tensor) else first_real)
-    index = index.clamp(max=key.shape[2] - 1).expand(key.shape[0], count)
-    return take_slots(key, index, dim=2), take_slots(value, index, dim=2)
+    index = index.clamp(max=keys.shape[2] - 1).expand(keys.shape[0], num_sinks)
+    sinks = take_slots(keys, index, dim=2), take_slots(values, index, dim=2)
+    return Slots(keys, values, gates, first_real, *sinks, sink_slots=index)
+
+
+def with_sinks_taken(slots: Slots) -> Slots:
+    """The same with its sinks taken from its tokens by `TakePart`, if they are among them."""
+    if slots.sink_slots is None:
+        return slots
+    sink_keys, keys = TakePart.apply(slots.keys, slots.sink_slots)
+    sink_values, values = TakePart.apply(slots.values, slots.sink_slots)
+    return slots._replace(keys=keys, values=values, sink_keys=sink_keys, sink_values=sink_values)
+
+
+class TakePart(torch.autograd.Function):
+    """Some slots of a tensor (batch, heads, slots, ...), a slice or such as `take_slots` takes, and the tensor itself, to be used
+    from then on. The gradient of the former is added to that of the latter in place, where autograd would make two more as
+    large as the tensor: nobody else may hold it, so all that goes into it has to come from an operation that makes its
+    gradients anew."""
+
+    @staticmethod
+    def forward(ctx, tensor, slots):
+        ctx.slots, ctx.shape = slots, tensor.shape
+        ctx.set_materialize_grads(False)
+        part = tensor[:, :, slots] if isinstance(slots, slice) else take_slots(tensor, slots, dim=2)
+        return part, tensor.view_as(tensor)
+
+    @staticmethod
+    @first_derivative_only
+    def backward(ctx, grad_part, grad):
+        if grad is None and grad_part is not None:
+            grad = grad_part.new_zeros(ctx.shape)
+        if grad_part is None:
+            return grad, None
+        if isinstance(ctx.slots, slice):
+            grad[:, :, ctx.slots] += grad_part
+        else:
+            grad.scatter_add_(2, _index_of(ctx.shape, ctx.slots, dim=2), grad_part)
+        return grad, None
 
 
 def take_slots(tensor: torch.Tensor, slots: torch.Tensor, dim: int) -> torch.Tensor:
     """Selects, for each row of the batch (axis 0), the entries `slots` (batch, count) of axis `dim`."""
-    shape = [1] * tensor.dim()
-    shape[0], shape[dim] = slots.shape
-    target = list(tensor.shape)
-    target[dim] = slots.shape[1]
-    return tensor.gather(dim, slots.view(shape).expand(target))
+    return tensor.gather(dim, _index_of(tensor.shape, slots, dim))
+
+
+def _index_of(shape: torch.Size, slots: torch.Tensor, dim: int) -> torch.Tensor:
+    """The entries `slots` (batch, count) of axis `dim` of a tensor of this shape, as `gather` and `scatter` want them."""
+    ones = [1] * len(shape)
+    ones[0], ones[dim] = slots.shape
+    return slots.view(ones).expand(*shape[:dim], slots.shape[1], *shape[dim + 1 :])
 
 
 def num_older(slots: Slots, length: int, window_size: int) -> torch.Tensor:

@@ -10,7 +10,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from kermit_hf import FEATURE_MAPS, KermitConfig, KermitForCausalLM, kernel_backend
 from kermit_hf.kermit_attention import kermit_attention
-from kermit_hf.slots import Slots, first_tokens
+from kermit_hf.slots import slots_of_text
 
 from . import peers, work
 from .compiled import are_compiled, compiled, with_compiled
@@ -44,7 +44,7 @@ def attention(length: int, update_rule: str, feature_map: str, window_size: int)
     rotary = (angles.cos().repeat(1, 2), angles.sin().repeat(1, 2)) if window_size else None
 
     def attend(query, key, value, **gates):
-        slots = Slots(key, value, gates, 0, *first_tokens(key, value, 0, sinks))
+        slots = slots_of_text(key, value, gates, 0, sinks)
         return kermit_attention(
             query,
             slots,

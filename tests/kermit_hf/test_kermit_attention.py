@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from kermit_hf import FEATURE_MAPS, KermitConfig, KermitForCausalLM, KermitModel, kermit_attention
-from kermit_hf.slots import Slots, first_tokens
+from kermit_hf.slots import slots_of_text
 from tests.kermit_hf import oracles
 
 
@@ -542,7 +542,7 @@ def test_segments_without_gradients_are_those_with(rule, window, length, first_r
     if rule == "additive":
         del gates["write_strength"]
     angles = torch.arange(40)[:, None] * torch.tensor([1.0, 0.1, 1.0, 0.1])
-    slots = Slots(keys, values, gates, first_real, *first_tokens(keys, values, first_real, 2 if window else 0))
+    slots = slots_of_text(keys, values, gates, first_real, 2 if window else 0)
     maps, rotary = (feature_map.map_queries, feature_map.map_keys), (angles.cos(), angles.sin())
     found = []
     for gradients in (True, False):
@@ -564,13 +564,13 @@ def test_tokens_that_may_be_taken_back_are_read_and_not_kept(rule, first_real, n
     gates = {"log_forget": -torch.rand(2, 2, 40).double()}
     if rule == "delta":
         gates["write_strength"] = torch.rand(2, 2, 40).double()
-    sinks = first_tokens(keys, values, first_real, 2)
+    text = slots_of_text(keys, values, gates, first_real, 2)
     angles = torch.arange(40)[:, None] * torch.tensor([1.0, 0.1, 1.0, 0.1]).double()
 
     def attend(num_absorbed: int | None, explicit: bool = False, num_slots: int = 40):
-        tokens = keys[:, :, :num_slots], values[:, :, :num_slots]
         cut = {name: gate[:, :, :num_slots] for name, gate in gates.items()}
-        slots = Slots(*tokens, cut, first_real, *sinks, num_absorbed=num_absorbed)
+        tokens = {"keys": keys[:, :, :num_slots], "values": values[:, :, :num_slots], "gates": cut}
+        slots = text._replace(**tokens, num_absorbed=num_absorbed)
         maps, rotary = (feature_map.map_queries, feature_map.map_keys), (angles.cos(), angles.sin())
         options = {"far_norm": nn.Identity(), "explicit": explicit}
         queries = query[:, :, -num_slots:]
