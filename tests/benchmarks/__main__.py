@@ -7,6 +7,8 @@ python -m tests.benchmarks --lengths 512 4096 --output bench
 
 "% of peak" is the rate of the multiplications that an algorithm needs, over that of a large matrix product timed right
 after it. Growth with length is that of time counted in such products, as no machine is equally fast all the time.
+New memory comes from the system as the allocator decides: glibc's asks for it at each tensor above 32 MiB, whose times then grow with
+what the system takes to provide it. --keep-memory leaves that out.
 Contenders that do not fit in memory or in --budget are skipped, and so are peers that are not installed or fail; the output says so.
 On a machine with a CUDA device everything runs there. results.json is written after each length.
 
@@ -26,7 +28,7 @@ import torch
 from conversion_scripts.machine import machine
 
 from . import kermit, models, nystrom_decoder, nystrom_encoder
-from .measure import Failed, Limits, Result, Section, keep_to_free_memory
+from .measure import Failed, Limits, Result, Section, keep_freed_memory, keep_to_free_memory
 from .nystrom_encoder import LANDMARKS
 from .peers import missing_peers
 from .report import as_json, check, plot, print_batch
@@ -61,6 +63,11 @@ def run(
     )
     parser.add_argument("--output", type=Path, default=Path("runs/benchmarks"), help="folder for results and plots")
     parser.add_argument("--threads", type=positive, default=2, help="CPU threads (default 2)")
+    parser.add_argument(
+        "--keep-memory",
+        action="store_true",
+        help="keep memory that is freed for the next tensor, as other allocators do, where glibc's gives it back to the system",
+    )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default float32, on a GPU bfloat16")
     options = parser.parse_args(arguments)
     for length in options.lengths or ():
@@ -76,6 +83,8 @@ def run(
     torch.set_default_dtype(getattr(torch, options.dtype or ("bfloat16" if torch.cuda.is_available() else "float32")))
     where = f"{machine()}, {torch.get_default_dtype()}".replace("torch.", "")
     keep_to_free_memory()
+    if options.keep_memory:
+        keep_freed_memory()
     options.output.mkdir(parents=True, exist_ok=True)
     print(where)
     for package, reason in missing_peers().items():
