@@ -68,9 +68,11 @@ class TakePart(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, tensor, slots):
-        ctx.slots, ctx.shape = slots, tensor.shape
+        ctx.shape, ctx.slice = tensor.shape, slots if isinstance(slots, slice) else None
         ctx.set_materialize_grads(False)
-        part = tensor[:, :, slots] if isinstance(slots, slice) else take_slots(tensor, slots, dim=2)
+        if ctx.slice is None:
+            ctx.save_for_backward(slots)
+        part = take_slots(tensor, slots, dim=2) if ctx.slice is None else tensor[:, :, slots]
         return part, tensor.view_as(tensor)
 
     @staticmethod
@@ -80,10 +82,11 @@ class TakePart(torch.autograd.Function):
             grad = grad_part.new_zeros(ctx.shape)
         if grad_part is None:
             return grad, None
-        if isinstance(ctx.slots, slice):
-            grad[:, :, ctx.slots] += grad_part
+        if ctx.slice is None:
+            (slots,) = ctx.saved_tensors
+            grad.scatter_add_(2, _index_of(ctx.shape, slots, dim=2), grad_part)
         else:
-            grad.scatter_add_(2, _index_of(ctx.shape, ctx.slots, dim=2), grad_part)
+            grad[:, :, ctx.slice] += grad_part
         return grad, None
 
 

@@ -84,7 +84,9 @@ def run(
     where = f"{machine()}, {torch.get_default_dtype()}".replace("torch.", "")
     keep_to_free_memory()
     if options.keep_memory:
-        keep_freed_memory()
+        if not keep_freed_memory():
+            parser.error("--keep-memory: only glibc can be told to; leave it out")
+        where += ", freed memory kept"
     options.output.mkdir(parents=True, exist_ok=True)
     print(where)
     for package, reason in missing_peers().items():

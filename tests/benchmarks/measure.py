@@ -9,7 +9,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -293,7 +293,7 @@ def first_run(run: Callable[[], object]) -> tuple[float, int | None]:
         before = torch.cuda.memory_allocated()
         return seconds_of(run), torch.cuda.max_memory_allocated() - before
     try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        give_back_memory()
         Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
         before = _proc_bytes("/proc/self/status", "VmRSS")
     except OSError:
@@ -307,6 +307,7 @@ def free_memory() -> int | None:
     if on_gpu():
         # What torch took from the GPU and holds for later is not free there, but is for a contender.
         return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    give_back_memory()
     try:
         return _proc_bytes("/proc/meminfo", "MemAvailable")
     except OSError:
@@ -324,16 +325,22 @@ def keep_to_free_memory() -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.getrlimit(resource.RLIMIT_DATA)[1]))
 
 
-def keep_freed_memory() -> None:
-    """From now on memory that a contender frees stays in the process. By itself glibc gives tensors above 32 MiB back to the system,
-    and smaller ones depending on what the process did before. Nothing happens where there is no glibc."""
+def keep_freed_memory() -> bool:
+    """From now on memory that a contender frees stays in the process until `give_back_memory`; False where there is no glibc to tell.
+    By itself glibc gives tensors above 32 MiB back to the system, and smaller ones depending on what the process did before. Pages
+    that our kernels in C++ asked to be huge stay so for whoever has them next."""
     trim_threshold, mmap_max = -1, -4  # as malloc.h numbers them
     try:
         libc = ctypes.CDLL("libc.so.6")
     except OSError:
-        return
-    libc.mallopt(trim_threshold, -1)
-    libc.mallopt(mmap_max, 0)
+        return False
+    return bool(libc.mallopt(trim_threshold, -1) and libc.mallopt(mmap_max, 0))
+
+
+def give_back_memory() -> None:
+    """What the process holds free goes back to the system, where there is glibc."""
+    with suppress(OSError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _proc_bytes(path: str, field: str) -> int:

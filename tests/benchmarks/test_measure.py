@@ -267,7 +267,8 @@ for _ in range(40):
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert int(done.stdout) < 16, done.stderr
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 16
 
 
 def test_roofline_of_this_machine():
@@ -422,7 +423,7 @@ def quick(monkeypatch):
     threads = torch.get_num_threads()
     monkeypatch.setattr(entry, "measure_roofline", lambda: Roofline(1e9, 1e9))
     monkeypatch.setattr(entry, "keep_to_free_memory", lambda: None)
-    monkeypatch.setattr(entry, "keep_freed_memory", lambda: None)
+    monkeypatch.setattr(entry, "keep_freed_memory", lambda: True)
     peers.missing_peers.cache_clear()
     yield
     peers.missing_peers.cache_clear()
@@ -464,6 +465,19 @@ def test_a_section_is_printed_kept_and_drawn(tmp_path, quick, capsys):
     assert section["results"][0]["ratio"]["median"] == 1.0
     assert "of peak" in capsys.readouterr().out
     assert (tmp_path / "nystrom-prefill.png").stat().st_size > 0
+
+
+def test_what_was_measured_says_whether_memory_was_kept(tmp_path, quick, monkeypatch, capsys):
+    section = {"sums": Section("Sums", by_length(lambda length: {"sum": Contender(lambda: None)}), (64,))}
+    wanted = []
+    monkeypatch.setattr(entry, "keep_freed_memory", lambda: wanted.append(1) or len(wanted) == 1)
+    for options, kept in (([], False), (["--keep-memory"], True)):
+        entry.run(section, "Sums.", ["--output", str(tmp_path), *options])
+        told = json.loads((tmp_path / "results.json").read_text())["sums"]["machine"]
+        assert ("freed memory kept" in told) == ("freed memory kept" in capsys.readouterr().out) == kept
+    with pytest.raises(SystemExit):
+        entry.run(section, "Sums.", ["--output", str(tmp_path), "--keep-memory"])
+    assert "--keep-memory: only glibc" in capsys.readouterr().err
 
 
 def test_what_was_measured_is_kept_when_the_run_is_cut_off(tmp_path, quick):

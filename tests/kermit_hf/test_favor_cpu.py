@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kermit_hf import FEATURE_MAPS, backends, favor_cpu, kernel_backend
+from kermit_hf import FEATURE_MAPS, backends, favor_cpu, kermit_attention, kernel_backend
 from kermit_hf.cpu_kernels import cpu_misfit
 from tests.kermit_hf.test_kernel_attention import assert_close
 from tests.kermit_hf.tiny_models import tiny_model, tokens
@@ -109,6 +109,25 @@ def test_a_model_takes_it(monkeypatch):
         with kernel_backend("cpp"):
             assert_close(model(input_ids).logits, expected)
     assert called
+
+
+def test_a_text_in_segments_is_the_same_text(monkeypatch):
+    """Each segment has its own slots, of which only the first one's hold the sinks: outputs and all gradients against PyTorch's of the
+    whole text."""
+    model, input_ids = tiny_model("additive_favor", window_size=8, num_sink_tokens=2), tokens(2, 70)
+    random = torch.Generator().manual_seed(1)
+    projection, found = torch.randn(2, 70, model.config.vocab_size, generator=random), {}
+    for backend, segment in (("torch", 70), ("cpp", 16)):
+        monkeypatch.setattr(kermit_attention, "_segment_size", lambda query, window_size, segment=segment: segment)
+        model.zero_grad()
+        with kernel_backend(backend):
+            logits = model(input_ids, use_cache=False).logits
+            (logits * projection).sum().backward()
+        grads = {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+        found[backend] = {"logits": logits.detach(), **grads}
+    assert found["cpp"].keys() == found["torch"].keys()
+    for name, ours in found["cpp"].items():
+        assert_close(ours, found["torch"][name], 1e-4)
 
 
 @pytest.mark.parametrize("update_rule, unit_norm", [("delta", True), ("additive", True)])

@@ -45,13 +45,26 @@ class TestPartOfATensor:
 @pytest.mark.parametrize("first_real", [0, 3, torch.tensor([0, 7])])
 def test_sinks_are_the_first_real_tokens(first_real):
     """The second row of the last case has two tokens for three sinks: it repeats its last one."""
-    keys, values = torch.randn(2, 2, 2, 9, 4)
+    keys, values = torch.randn(2, 2, 2, 9, 4).requires_grad_()
     slots = slots_of_text(keys, values, {}, first_real, 3)
     for row in range(2):
         first = int(first_real[row]) if isinstance(first_real, torch.Tensor) else first_real
         expected = [min(first + index, 8) for index in range(3)]
         assert torch.equal(slots.sink_keys[row], keys[row, :, expected])
         assert torch.equal(slots.sink_values[row], values[row, :, expected])
+
+
+@pytest.mark.parametrize("first_real", [0, 3, torch.tensor([0, 7])])
+def test_sinks_taken_from_tokens_are_the_same_with_the_same_gradients(first_real):
+    states = torch.randn(2, 2, 2, 9, 4).requires_grad_()
+    slots = slots_of_text(*states, {}, first_real, 3)
     taken = with_sinks_taken(slots)
-    for name in ("keys", "values", "sink_keys", "sink_values"):
+    names = ("keys", "values", "sink_keys", "sink_values")
+    grads = []
+    for each in (slots, taken):
+        total = sum((index + getattr(each, name).sin().square()).sum() for index, name in enumerate(names))
+        grads.append(torch.autograd.grad(total, states, retain_graph=True)[0])
+    assert relative_error(grads[1], grads[0]) < 1e-6
+    for name in names:
         assert torch.equal(getattr(taken, name), getattr(slots, name))
+        assert getattr(taken, name).grad_fn.name() == "TakePartBackward"
