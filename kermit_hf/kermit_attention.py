@@ -185,10 +185,11 @@ def _attend(
     # A window over everything is ordinary attention, which torch has a kernel for.
     fuses = 0 < window_size < num_slots and length > 1 and dropout == 0.0 and not explicit
     fused = find_fused_window(query) if fuses else None
-    if fused is not None and torch.is_grad_enabled():
+    hands_on = fused is not None and torch.is_grad_enabled()
+    if hands_on:
         slots = with_sinks_taken(slots)
     far, memory, query, slots = read_far_field(
-        query, slots, window_size, update_rule, map_queries, map_keys, is_causal, explicit, hands_on=fused is not None
+        query, slots, window_size, update_rule, map_queries, map_keys, is_causal, explicit, hands_on
     )
     far_field, far_weights = None, None
     if far is not None:

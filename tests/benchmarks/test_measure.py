@@ -418,12 +418,11 @@ def run_entry(tmp_path, *arguments: str) -> dict:
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Without the roofline's large matrices, and without touching the memory of the process that runs the tests; restores what the
-    entry point sets for all of it."""
+    """Without the roofline's large matrices, and without a limit on the memory of the process that runs the tests; restores what
+    the entry point sets for all of it."""
     threads = torch.get_num_threads()
     monkeypatch.setattr(entry, "measure_roofline", lambda: Roofline(1e9, 1e9))
     monkeypatch.setattr(entry, "keep_to_free_memory", lambda: None)
-    monkeypatch.setattr(entry, "keep_freed_memory", lambda: True)
     peers.missing_peers.cache_clear()
     yield
     peers.missing_peers.cache_clear()
