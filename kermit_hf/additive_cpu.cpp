@@ -140,6 +140,12 @@ void unpack(int64_t rows, int64_t width, const float* from, int64_t padded, floa
   }
 }
 
+void add_row(int64_t width, const float* from, float* to) {
+  const int64_t whole = width / LANES * LANES;
+  for (int64_t j = 0; j < whole; j += LANES) store(to + j, load(to + j) + load(from + j));
+  for (int64_t j = whole; j < width; j++) to[j] += from[j];
+}
+
 struct Lanes {
   int32_t numbers[LANES];
   constexpr Lanes() : numbers() {
@@ -421,6 +427,14 @@ struct Gradients {
   std::optional<Tokens> read_gradient, denominator_gradient;
   Tokens query, key, value;
   std::optional<Tokens> log_forget;
+  bool adds;  // to what those of query, key and value hold already
+
+  void put(int64_t width, const float* row, float* to) const {
+    if (adds)
+      add_row(width, row, to);
+    else
+      unpack(1, width, row, 0, to, 0);
+  }
 };
 
 class Differentiator {
@@ -496,8 +510,8 @@ class Differentiator {
   }
 
   // What the tokens of a chunk add to a memory, or one more group of heads to it: rows^T features.
-  void write_rows(const float* rows, const float* features, bool add) {
-    product(sizes_.dims + 1, rows_, width(), rows, 1, extended(), features, width(), written_, width(), add);
+  void write_rows(const float* rows, const float* features, bool add, Fetcher ahead = {}) {
+    product(sizes_.dims + 1, rows_, width(), rows, 1, extended(), features, width(), written_, width(), add, ahead);
   }
 
   // Chooses a chunk of the span.
@@ -579,19 +593,26 @@ class Differentiator {
     }
     if (decays())
       for (int64_t i = 0; i < rows_; i++) scale(extended(), decays_.in[i], grads_ + i * extended());
+    Fetcher query_sums_ahead = fetch_sums(gradients_.query, b, head, sizes_.features);
+    Fetcher value_sums_ahead = add ? Fetcher() : fetch_sums(gradients_.value, b, h, dims);
     for (int64_t i = 0; i < rows_; i += TILE_ROWS) {
       const int64_t count = std::min(TILE_ROWS, rows_ - i);
       product(count, dims + 1, width(), grads_ + i * extended(), extended(), 1, memory_, width(), grad_queries_,
-              width());
+              width(), false, query_sums_ahead);
       product(count, i + count, width(), grad_weights_ + i * CHUNK, CHUNK, 1, keys_, width(), grad_queries_, width(),
-              true);
+              true, value_sums_ahead);
       for (int64_t j = i; j < i + count; j++) {
         float *grad = grad_queries_ + (j - i) * width(), *query = queries_ + j * width();
         if (decays()) sums[j] += dot(width(), grad, query);
         finish_features(grad, query, gradients_.query.at(b, head, start_ + j));
       }
     }
-    write_rows(grads_, queries_, add);
+    write_rows(grads_, queries_, add, add ? Fetcher() : fetch_sums(gradients_.key, b, h, sizes_.features));
+  }
+
+  // Of the chunk whose turn is next, what gradients are to be added to.
+  Fetcher fetch_sums(const Tokens& gradients, int64_t b, int64_t head, int64_t dims) const {
+    return fetch_chunk(gradients, b, head, gradients_.adds ? start_ - CHUNK : -1, sizes_.length, dims);
   }
 
   // Gradients of a numerator and, beside them, of its denominator.
@@ -627,7 +648,7 @@ class Differentiator {
       const float* key = keys_ + i * width();
       if (decays()) sums[i] -= dot(width(), grad_keys, key);
       finish_features(grad_keys, key, gradients_.key.at(b, h, start_ + i));
-      unpack(1, sizes_.dims, grad_values, 0, gradients_.value.at(b, h, start_ + i), 0);
+      gradients_.put(sizes_.dims, grad_values, gradients_.value.at(b, h, start_ + i));
     }
   }
 
@@ -637,7 +658,7 @@ class Differentiator {
     for (int64_t f = 0; reading_.elu && f < width(); f += LANES) {
       store(grad + f, load(grad + f) * smaller(fill(1.0f), load(features + f)));
     }
-    unpack(1, sizes_.features, grad, 0, to, 0);
+    gradients_.put(sizes_.features, grad, to);
   }
 
   // Every gate between two tokens scales what the later one reads of the earlier: see `_DeltaChunks`.
@@ -664,21 +685,21 @@ class Differentiator {
 };
 
 // Given also what `additive_forward` returned, and the gradients of these and of the last memory, None being zero.
-// Changes the latter, contiguous, into the gradients of the first memory. Returns those of query, key, value and
-// log_forget.
-std::tuple<Tensor, Tensor, Tensor, std::optional<Tensor>> additive_backward(
+// Changes the latter, contiguous, into the gradients of the first memory. Those of query, key and value are added to
+// `sums`, if there are any, or else returned; also that of log_forget.
+std::tuple<Tensors, std::optional<Tensor>> additive_backward(
     const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& log_forget,
     const std::optional<Tensor>& keep, const Tensor& numerator, const Tensor& denominator, const Tensor& memories,
     const std::optional<Tensor>& grad_numerator, const std::optional<Tensor>& grad_denominator, Tensor grad_matrix,
-    Tensor grad_normalizer, bool elu, bool divide) {
+    Tensor grad_normalizer, bool elu, bool divide, const Tensors& sums) {
   const Sizes sizes(query, key, value);
-  const Tensor grad_query = empty_gradient(query), grad_key = empty_gradient(key), grad_value = empty_gradient(value);
+  const Tensors grads = empty_gradients({query, key, value}, sums), &states = sums.empty() ? grads : sums;
   std::optional<Tensor> grad_log_forget;
   if (log_forget) grad_log_forget = at::empty({sizes.batch, sizes.kv_heads, sizes.length}, query.options());
   const Reading reading(sizes, elu, divide, query, key, value, log_forget, keep, numerator, denominator);
   const Gradients gradients{
-      reading,          tokens_of(grad_numerator), tokens_of(grad_denominator), Tokens(grad_query),
-      Tokens(grad_key), Tokens(grad_value),        tokens_of(grad_log_forget)};
+      reading,           tokens_of(grad_numerator), tokens_of(grad_denominator), Tokens(states[0]),
+      Tokens(states[1]), Tokens(states[2]),         tokens_of(grad_log_forget),  !sums.empty()};
   const float* kept = memories.data_ptr<float>();
   float *grad_matrices = grad_matrix.data_ptr<float>(), *grad_normalizers = grad_normalizer.data_ptr<float>();
   in_parallel(sizes.batch * sizes.kv_heads, [&](Tasks tasks) {
@@ -689,7 +710,7 @@ std::tuple<Tensor, Tensor, Tensor, std::optional<Tensor>> additive_backward(
                          grad_matrices + at * sizes.dims, grad_normalizers + at);
     }
   });
-  return {grad_query, grad_key, grad_value, grad_log_forget};
+  return {grads, grad_log_forget};
 }
 
 }  // namespace

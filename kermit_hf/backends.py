@@ -68,7 +68,8 @@ class Kernel(NamedTuple):
     """A chunked form in place of PyTorch's, one for a single token where there is any, and what prepares queries and keys for
     them. takes_mask: tokens that do not enter the memory are named by `key_mask`, not by features of zero. divides: with
     `divides=True` numerators come divided by their denominators, those below 1e-30 taken as that. whole_texts: the chunked form
-    is best given a text as a whole, however long."""
+    is best given a text as a whole, however long. of_parts: the chunked form of parts, see `slots.Parts`, if queries and keys have
+    not to be prepared."""
 
     chunked: Callable[..., KernelReadout]
     map_queries: Callable
@@ -77,6 +78,7 @@ class Kernel(NamedTuple):
     takes_mask: bool = False
     divides: bool = False
     whole_texts: bool = False
+    of_parts: Callable | None = None
 
 
 def kernel_backend(name: str) -> AbstractContextManager[None]:
@@ -203,14 +205,13 @@ def _find_in_cpp(update_rule: str, map_queries: Callable, map_keys: Callable) ->
 
 
 def _additive_in_cpp(feature_map: FeatureMap | None, map_queries: Callable, map_keys: Callable) -> Kernel:
-    from .additive_cpu import additive_elu_fused, additive_fused
+    from .additive_cpu import additive_elu_fused, additive_elu_of_parts, additive_fused
     from .step_cpu import additive_elu_step_fused, additive_step_fused
 
     if type(feature_map) is EluFeatureMap and not feature_map.unit_norm:
         unmapped = _unmapped_queries, _unmapped_keys
-        return Kernel(
-            additive_elu_fused, *unmapped, additive_elu_step_fused, takes_mask=True, divides=True, whole_texts=True
-        )
+        options = {"takes_mask": True, "divides": True, "whole_texts": True, "of_parts": additive_elu_of_parts}
+        return Kernel(additive_elu_fused, *unmapped, additive_elu_step_fused, **options)
     if type(feature_map) is FavorFeatureMap and not feature_map.unit_norm:
         from .favor_cpu import favor_keys, favor_queries
 
@@ -220,12 +221,13 @@ def _additive_in_cpp(feature_map: FeatureMap | None, map_queries: Callable, map_
 
 
 def _delta_in_cpp(feature_map: FeatureMap | None, map_queries: Callable, map_keys: Callable) -> Kernel:
-    from .delta_cpu import delta_fused, delta_silu_fused
+    from .delta_cpu import delta_fused, delta_silu_fused, delta_silu_of_parts
     from .step_cpu import delta_silu_step_fused, delta_step_fused
 
     if type(feature_map) is SiluL2FeatureMap and feature_map.unit_norm:
         unmapped = _unmapped_queries, _unmapped_keys
-        return Kernel(delta_silu_fused, *unmapped, delta_silu_step_fused, whole_texts=True)
+        options = {"whole_texts": True, "of_parts": delta_silu_of_parts}
+        return Kernel(delta_silu_fused, *unmapped, delta_silu_step_fused, **options)
     return Kernel(delta_fused, map_queries, map_keys, delta_step_fused, whole_texts=True)
 
 

@@ -116,6 +116,14 @@ void unpack(int64_t count, int64_t width, int64_t wide, const float* from, float
   for (int64_t i = 0; i < count; i++) copy_row(width, from + i * wide, to + i * stride);
 }
 
+void add_rows(int64_t count, int64_t width, int64_t wide, const float* from, float* to, int64_t stride) {
+  const int64_t whole = width / LANES * LANES;
+  for (int64_t i = 0; i < count; i++, from += wide, to += stride) {
+    for (int64_t j = 0; j < whole; j += LANES) store(to + j, load(to + j) + load(from + j));
+    for (int64_t j = whole; j < width; j++) to[j] += from[j];
+  }
+}
+
 // The dot product of each row of `a` with that of `b`; rows are a whole number of vectors.
 void row_products(int64_t rows, int64_t width, const float* a, const float* b, float* products) {
   for (int64_t start = 0; start < rows; start += LANES) {
@@ -162,9 +170,11 @@ void product_to_lower(int64_t rows, int64_t depth, const float* a, int64_t a_row
 }
 
 // C += L B, where `lower` is L, (rows, rows).
-void add_lower_product(int64_t rows, int64_t width, const float* lower, const float* b, float* c) {
+void add_lower_product(int64_t rows, int64_t width, const float* lower, const float* b, float* c,
+                       Fetcher fetcher = {}) {
   for (int64_t start = 0; start < rows; start += BLOCK)
-    product(BLOCK, start + BLOCK, width, lower + start * CHUNK, CHUNK, 1, b, width, c + start * width, width, true);
+    product(BLOCK, start + BLOCK, width, lower + start * CHUNK, CHUNK, 1, b, width, c + start * width, width, true,
+            fetcher);
 }
 
 // C += L^T B.
@@ -334,17 +344,12 @@ struct Inputs {
     load_rows(tokens, chunk, batch, head, width, to);
     if (maps) map_rows(chunk.rows, round_up(width), to, inverse_norms);
   }
-  // Stores the gradient of features as that of queries or keys; both gradient and scratch, (rows, width), are
-  // overwritten.
-  void store_gradient(const Tokens& tokens, const Tokens& to, const Chunk& chunk, int64_t batch, int64_t head,
-                      int64_t width, const float* features, const float* inverse_norms, float* gradient,
-                      float* scratch) const {
-    const int64_t wide = round_up(width);
-    if (maps) {
-      pack_wide(chunk.count, chunk.rows, width, wide, tokens.at(batch, head, chunk.start), tokens.token, scratch);
-      map_gradient(chunk.rows, wide, scratch, features, inverse_norms, gradient);
-    }
-    unpack(chunk.count, width, wide, gradient, to.at(batch, head, chunk.start), to.token);
+  // Turns the gradient of features into that of queries or keys, in place; scratch, (rows, width), is overwritten.
+  void map_back(const Tokens& tokens, const Chunk& chunk, int64_t batch, int64_t head, int64_t width,
+                const float* features, const float* inverse_norms, float* gradient, float* scratch) const {
+    if (!maps) return;
+    load_rows(tokens, chunk, batch, head, width, scratch);
+    map_gradient(chunk.rows, round_up(width), scratch, features, inverse_norms, gradient);
   }
   void load_gates(const Chunk& chunk, int64_t batch, int64_t head, Gates& gates) const {
     const float* forget = log_forget.data == nullptr ? nullptr : log_forget.at(batch, head, chunk.start);
@@ -509,6 +514,18 @@ struct BackwardBuffers {
 struct Gradients {
   Tokens numerator;  // given
   Tokens query, key, value, strength, log_forget;
+  bool adds;  // to what those of query, key and value hold already
+
+  // Rows of a chunk, `width` numbers in rows of whole vectors, as gradients of `tensor`, one of these three.
+  void put(const Tokens& tensor, const Chunk& chunk, int64_t batch, int64_t head, int64_t width,
+           const float* rows) const {
+    const auto write = adds ? add_rows : unpack;
+    write(chunk.count, width, round_up(width), rows, tensor.at(batch, head, chunk.start), tensor.token);
+  }
+  // What the rows of the next chunk are to be added to.
+  Fetcher fetch_sums(const Tokens& tensor, const Chunk& chunk, int64_t batch, int64_t head, int64_t width) const {
+    return fetch_chunk(tensor, adds ? chunk.next : -1, batch, head, width);
+  }
 };
 
 // Loads the keys of a chunk, and takes the memory before it to that after it.
@@ -573,15 +590,17 @@ void read_backward(const Sizes& sizes, const Inputs& inputs, const Gradients& gr
   scale_rows(rows, dim, gates.in, 1.0f, buffers.grad_numerator, buffers.grad_numerator);
   product(rows, dim, features, buffers.grad_numerator, dim, 1, buffers.memory_transposed, features, buffers.grad_query,
           features, false, fetch_chunk(inputs.query, chunk.next, batch, query_head, sizes.features));
-  add_lower_product(rows, features, buffers.grad_scores, buffers.keys, buffers.grad_query);
+  add_lower_product(rows, features, buffers.grad_scores, buffers.keys, buffers.grad_query,
+                    gradients.fetch_sums(gradients.query, chunk, batch, query_head, sizes.features));
   product(features, rows, dim, buffers.queries, 1, features, buffers.grad_numerator, dim, buffers.grad_memory, dim,
           true, fetch_chunk(gradients.numerator, chunk.next, batch, query_head, sizes.head_dim));
 
   float read[CHUNK];
   row_products(rows, features, buffers.grad_query, buffers.queries, read);
   for (int64_t i = 0; i < rows; i++) buffers.grad_sums[i] += read[i];
-  inputs.store_gradient(inputs.query, gradients.query, chunk, batch, query_head, sizes.features, buffers.queries,
-                        buffers.query_inverse_norms, buffers.grad_query, buffers.scaled);
+  inputs.map_back(inputs.query, chunk, batch, query_head, sizes.features, buffers.queries, buffers.query_inverse_norms,
+                  buffers.grad_query, buffers.scaled);
+  gradients.put(gradients.query, chunk, batch, query_head, sizes.features, buffers.grad_query);
 }
 
 // Through the corrections, back to values, keys and the memory before the chunk.
@@ -610,9 +629,11 @@ void write_backward(const Sizes& sizes, const Inputs& inputs, const Tokens& writ
   float* grad_written_key = buffers.grad_query;
   product(rows, dim, features, buffers.scaled, dim, 1, buffers.memory_transposed, features, grad_written_key, features,
           false, fetch_chunk(written, chunk.start - SPAN * CHUNK, batch, head, sizes.head_dim));
-  add_lower_product(rows, features, buffers.grad_scores, buffers.keys, grad_written_key);
+  add_lower_product(rows, features, buffers.grad_scores, buffers.keys, grad_written_key,
+                    gradients.fetch_sums(gradients.key, chunk, batch, head, sizes.features));
   scale_rows(rows, dim, gates.strength, 1.0f, buffers.scaled, buffers.scaled);
-  product(features, rows, dim, buffers.keys_transposed, CHUNK, 1, buffers.scaled, dim, buffers.grad_memory, dim, true);
+  product(features, rows, dim, buffers.keys_transposed, CHUNK, 1, buffers.scaled, dim, buffers.grad_memory, dim, true,
+          gradients.fetch_sums(gradients.value, chunk, batch, head, sizes.head_dim));
 
   float through_write[CHUNK];
   row_products(rows, features, grad_written_key, buffers.keys, through_write);
@@ -625,10 +646,10 @@ void write_backward(const Sizes& sizes, const Inputs& inputs, const Tokens& writ
   add_transposed_product(rows, features, buffers.grad_scores, buffers.keys, buffers.grad_key);
   scale_rows(rows, dim, gates.strength, 1.0f, buffers.grad_written, buffers.grad_written);
 
-  inputs.store_gradient(inputs.key, gradients.key, chunk, batch, head, sizes.features, buffers.keys,
-                        buffers.key_inverse_norms, buffers.grad_key, buffers.scaled);
-  unpack(chunk.count, sizes.head_dim, dim, buffers.grad_written, gradients.value.at(batch, head, chunk.start),
-         gradients.value.token);
+  inputs.map_back(inputs.key, chunk, batch, head, sizes.features, buffers.keys, buffers.key_inverse_norms,
+                  buffers.grad_key, buffers.scaled);
+  gradients.put(gradients.key, chunk, batch, head, sizes.features, buffers.grad_key);
+  gradients.put(gradients.value, chunk, batch, head, sizes.head_dim, buffers.grad_written);
 }
 
 // Gradients of the gates of a chunk. A gate counts in every sum from its token on; clamped ones get none.
@@ -666,25 +687,26 @@ void span_backward(const Sizes& sizes, const Inputs& inputs, const Tokens& writt
   }
 }
 
-// Gradients of query, key, value, write strength, log_forget (empty without it) and the first memory.
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> delta_backward(
+// Gradients of query, key and value are added to `sums`, if there are any, or else returned; also those of write
+// strength, log_forget (empty without it) and the first memory.
+std::tuple<Tensors, at::Tensor, at::Tensor, at::Tensor> delta_backward(
     const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const at::Tensor& strength,
     const std::optional<at::Tensor>& log_forget, const at::Tensor& memories, const at::Tensor& written,
-    const at::Tensor& grad_numerator, const at::Tensor& grad_last, bool maps) {
+    const at::Tensor& grad_numerator, const at::Tensor& grad_last, bool maps, const Tensors& sums) {
   check(query, key, value);
   TORCH_CHECK(memories.is_contiguous() && grad_last.is_contiguous(), "memories must be contiguous");
   const Sizes sizes(query, value);
   const int64_t features = sizes.features, head_dim = sizes.head_dim, memory_size = features * head_dim;
-  at::Tensor grad_query = empty_gradient(query), grad_key = empty_gradient(key);
-  at::Tensor grad_value = empty_gradient(value);
+  const Tensors grads = empty_gradients({query, key, value}, sums), &states = sums.empty() ? grads : sums;
   at::Tensor grad_strength = at::empty_like(strength), grad_first = at::empty_like(grad_last);
   at::Tensor grad_forget = log_forget.has_value() ? at::empty_like(*log_forget) : at::empty({0}, value.options());
 
   const at::Tensor forget = log_forget.value_or(at::Tensor());
   const Inputs inputs{Tokens(query), Tokens(key), Tokens(value), Tokens(strength), Tokens(forget), maps};
-  const Gradients gradients{Tokens(grad_numerator), Tokens(grad_query),
-                            Tokens(grad_key),       Tokens(grad_value),
-                            Tokens(grad_strength),  Tokens(forget.defined() ? grad_forget : forget)};
+  const Gradients gradients{Tokens(grad_numerator), Tokens(states[0]),
+                            Tokens(states[1]),      Tokens(states[2]),
+                            Tokens(grad_strength),  Tokens(forget.defined() ? grad_forget : forget),
+                            !sums.empty()};
   const Tokens corrections(written);
   const float *kept = memories.data_ptr<float>(), *grad_after = grad_last.data_ptr<float>();
   float* first = grad_first.data_ptr<float>();
@@ -704,7 +726,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
       unpack(features, head_dim, dim, buffers.grad_memory, first + memory * memory_size, head_dim);
     }
   });
-  return {grad_query, grad_key, grad_value, grad_strength, grad_forget, grad_first};
+  return {grads, grad_strength, grad_forget, grad_first};
 }
 
 // The norm of what was read: y = weight x / sqrt(mean(x^2) + eps) for rows x of contiguous states.
@@ -818,8 +840,8 @@ TORCH_LIBRARY_FRAGMENT(kermit_hf, m) {
       "Tensor? matrix, bool maps, bool keeps) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "delta_backward(Tensor query, Tensor key, Tensor value, Tensor write_strength, Tensor? log_forget, "
-      "Tensor memories, Tensor written, Tensor grad_numerator, Tensor grad_last, bool maps) "
-      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "Tensor memories, Tensor written, Tensor grad_numerator, Tensor grad_last, bool maps, Tensor(a!)[] sums) "
+      "-> (Tensor[], Tensor, Tensor, Tensor)");
   m.def("rms_norm_forward(Tensor states, Tensor weight, float eps, Tensor(a!) result) -> ()");
   m.def("rms_norm_backward(Tensor states, Tensor weight, Tensor grad, float eps) -> (Tensor, Tensor)");
 }

@@ -6,6 +6,7 @@ import torch
 from .cpu_kernels import contiguous_rows, load_cpu_kernels
 from .functions import first_derivative_only
 from .kernel_attention import KernelMemory, KernelReadout
+from .slots import Parts, gradients_so_far
 
 
 def delta_fused(
@@ -17,7 +18,7 @@ def delta_fused(
     memory: KernelMemory | None = None,
 ) -> KernelReadout:
     """`delta_chunked`, everything in float32. First derivatives only."""
-    return _run(query, key, value, write_strength, log_forget, memory, False)
+    return _run(query, key, value, write_strength, log_forget, memory, False)[0]
 
 
 def delta_silu_fused(
@@ -29,38 +30,60 @@ def delta_silu_fused(
     memory: KernelMemory | None = None,
 ) -> KernelReadout:
     """The same of queries and keys before the feature map "silu_l2", which is applied here."""
-    return _run(query, key, value, write_strength, log_forget, memory, True)
+    return _run(query, key, value, write_strength, log_forget, memory, True)[0]
 
 
-def _run(query, key, value, write_strength, log_forget, memory, maps) -> KernelReadout:
+def delta_silu_of_parts(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    parts: Parts,
+    write_strength: torch.Tensor,
+    log_forget: torch.Tensor | None = None,
+    memory: KernelMemory | None = None,
+) -> tuple[KernelReadout, tuple[torch.Tensor, ...]]:
+    """The same of parts of query, key and value. Also these three as a whole: see `Parts`."""
+    return _run(query, key, value, write_strength, log_forget, memory, True, parts)
+
+
+def _run(query, key, value, write_strength, log_forget, memory, maps, parts=None):
     states = (contiguous_rows(tensor) for tensor in (query, key, value))
     gates = (gate if gate is None else gate.float() for gate in (write_strength, log_forget))
     matrix = None if memory is None else memory.matrix.float()
-    numerator, matrix = _DeltaFused.apply(*states, *gates, matrix, maps)
-    return KernelReadout(numerator, None, KernelMemory(matrix))
+    numerator, matrix, *rest = _DeltaFused.apply(*states, *gates, matrix, maps, parts)
+    return KernelReadout(numerator, None, KernelMemory(matrix)), tuple(rest)
 
 
 class _DeltaFused(torch.autograd.Function):
-    """Takes states, gates and the first memory one by one. Returns the numerator and the last memory."""
+    """Takes states, gates and the first memory one by one. Returns the numerator and the last memory, and with `parts` the states
+    again."""
 
     @staticmethod
-    def forward(ctx, query, key, value, write_strength, log_forget, matrix, maps):
-        inputs = query, key, value, write_strength, log_forget
+    def forward(ctx, query, key, value, write_strength, log_forget, matrix, maps, parts):
+        states = query, key, value
+        rest = [tensor.view_as(tensor) for tensor in states] if parts else []
+        inputs = *(parts.of(*states) if parts else states), write_strength, log_forget
         matrix = None if matrix is None else matrix.contiguous()
         keeps = any(ctx.needs_input_grad)
         numerator, last, matrices, written = load_cpu_kernels("kermit_hf").delta_forward(*inputs, matrix, maps, keeps)
         ctx.save_for_backward(*inputs, matrices, written)
-        ctx.maps = maps
-        return numerator, last
+        ctx.maps, ctx.parts, ctx.shapes = maps, parts, [tensor.shape for tensor in rest]
+        return numerator, last, *rest
 
     @staticmethod
     @first_derivative_only
-    def backward(ctx, grad_numerator, grad_matrix):
-        *grads, grad_log_forget, grad_first = load_cpu_kernels("kermit_hf").delta_backward(
-            *ctx.saved_tensors, contiguous_rows(grad_numerator), grad_matrix.contiguous(), ctx.maps
+    def backward(ctx, grad_numerator, grad_matrix, *grad_rest):
+        sums = gradients_so_far(grad_rest, ctx.shapes, grad_matrix)
+        grads, *grad_gates, grad_first = load_cpu_kernels("kermit_hf").delta_backward(
+            *ctx.saved_tensors,
+            contiguous_rows(grad_numerator),
+            grad_matrix.contiguous(),
+            ctx.maps,
+            ctx.parts.of(*sums) if sums else [],
         )
-        has_gate, has_memory = ctx.needs_input_grad[4:6]
-        return *grads, grad_log_forget if has_gate else None, grad_first if has_memory else None, None
+        grads = [*(sums or grads), *grad_gates, grad_first]
+        needed = ctx.needs_input_grad
+        return *(grad if wanted else None for grad, wanted in zip(grads, needed[:6], strict=True)), None, None
 
 
 def rms_norm_fused(states: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -22,18 +22,19 @@ from .kernel_attention import (
     delta_reference,
     delta_step,
 )
-from .slots import Slots, TakePart, all_have_older, column, num_older
+from .slots import Parts, Slots, TakePart, all_have_older, column, num_older
 from .window_attention import FarField, pad_zeros
 
 
 class UpdateRule(NamedTuple):
-    """The three forms of one rule, see `kernel_attention`; takes_mask, divides: see `backends.Kernel`."""
+    """The three forms of one rule, see `kernel_attention`; takes_mask, divides, of_parts: see `backends.Kernel`."""
 
     reference: Callable[..., KernelReadout]
     chunked: Callable[..., KernelReadout]
     step: Callable[..., KernelReadout]
     takes_mask: bool = False
     divides: bool = False
+    of_parts: Callable | None = None
 
 
 UPDATE_RULES = {
@@ -76,7 +77,7 @@ def read_far_field(
         return None, slots.memory, query, slots
     kernel = None if explicit else _find_kernel(update_rule, map_queries, map_keys, query, slots)
     if kernel is not None:
-        options = {"takes_mask": kernel.takes_mask, "divides": kernel.divides}
+        options = {"takes_mask": kernel.takes_mask, "divides": kernel.divides, "of_parts": kernel.of_parts}
         rule = rule._replace(chunked=kernel.chunked, step=kernel.step or kernel.chunked, **options)
         map_queries, map_keys = kernel.map_queries, kernel.map_keys
     if not is_causal:
@@ -120,9 +121,12 @@ def _far_behind(
 
     # The query in slot i reads up to slot i - window_size: the last queries pair up with the last of these tokens.
     early, skip = max(length - count, 0), max(count - length, 0)
-    readers, query = _take_part(query, early, length, hands_on)
-    keys, rest_of_keys = _take_part(slots.keys, start, end, hands_on)
-    values, rest_of_values = _take_part(slots.values, start, end, hands_on)
+    # One pair for each token: nothing that a kernel could not take parts of, and give them back, by itself.
+    by_kernel = hands_on and rule.of_parts is not None and skip == 0 and reads_from == start
+    takes_parts = hands_on and not by_kernel
+    readers, query = _take_part(query, early, length, takes_parts)
+    keys, rest_of_keys = _take_part(slots.keys, start, end, takes_parts)
+    values, rest_of_values = _take_part(slots.values, start, end, takes_parts)
     gates = {name: _take_part(gate, start, end, False)[0] for name, gate in slots.gates.items()}
     slots = slots._replace(keys=rest_of_keys, values=rest_of_values)
 
@@ -137,7 +141,14 @@ def _far_behind(
     paired = pad_zeros(query_features, (0, 0, skip, 0))
     form = rule.reference if explicit else rule.step if count == 1 and memory is not None else rule.chunked
     options = {"divides": True} if rule.divides else {}
-    read = form(paired, **tokens, memory=memory, **options)
+    if by_kernel:
+        parts = Parts(slice(early, length), slice(start, end))
+        others = {name: tensor for name, tensor in tokens.items() if name not in ("key", "value")}
+        states = query, slots.keys, slots.values
+        read, (query, keys, values) = rule.of_parts(*states, parts, **others, memory=memory, **options)
+        slots = slots._replace(keys=keys, values=values)
+    else:
+        read = form(paired, **tokens, memory=memory, **options)
     num_readers = length - early
     far = FarReadout(
         read.numerator[:, :, skip:],

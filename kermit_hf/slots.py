@@ -90,6 +90,24 @@ class TakePart(torch.autograd.Function):
         return grad, None
 
 
+class Parts(NamedTuple):
+    """Which slots a kernel takes of queries, and of keys and values. Like `TakePart` it gives back all three tensors as a whole, to be
+    used from then on, and adds its gradients to theirs in place, asking for the same."""
+
+    readers: slice
+    tokens: slice
+
+    def of(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return query[:, :, self.readers], key[:, :, self.tokens], value[:, :, self.tokens]
+
+
+def gradients_so_far(
+    grads: tuple[torch.Tensor | None, ...], shapes: list[torch.Size], like: torch.Tensor
+) -> list[torch.Tensor]:
+    """Of tensors of these shapes, zeros where there are none."""
+    return [like.new_zeros(shape) if grad is None else grad for grad, shape in zip(grads, shapes, strict=True)]
+
+
 def take_slots(tensor: torch.Tensor, slots: torch.Tensor, dim: int) -> torch.Tensor:
     """Selects, for each row of the batch (axis 0), the entries `slots` (batch, count) of axis `dim`."""
     return tensor.gather(dim, _index_of(tensor.shape, slots, dim))

@@ -7,6 +7,7 @@
 #include <ATen/ops/empty_like.h>
 
 #include <optional>
+#include <vector>
 
 #include "vector_tiles.h"
 
@@ -32,6 +33,24 @@ inline at::Tensor empty_gradient(const at::Tensor& like) {
 
 inline std::optional<at::Tensor> empty_gradient(const std::optional<at::Tensor>& like) {
   return like ? std::optional(empty_gradient(*like)) : std::nullopt;
+}
+
+using Tensors = std::vector<at::Tensor>;
+
+// New gradients of states, or none where there are sums of their gradients so far, to which these are added.
+inline Tensors empty_gradients(const Tensors& states, const Tensors& sums) {
+  Tensors gradients;
+  for (size_t i = 0; i < states.size(); i++) {
+    if (sums.empty()) {
+      gradients.push_back(empty_gradient(states[i]));
+    } else {
+      const at::Tensor& sum = sums.at(i);
+      TORCH_CHECK(sum.sizes() == states[i].sizes() && sum.scalar_type() == at::kFloat &&
+                      (sum.stride(3) == 1 || sum.size(3) == 1),
+                  "a sum of gradients must have the shape of its states, be float32 and have contiguous rows");
+    }
+  }
+  return gradients;
 }
 
 }  // namespace tensors
