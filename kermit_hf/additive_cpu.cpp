@@ -50,6 +50,7 @@ struct Sizes {
     // The strides of an empty tensor, or of an axis of one entry, say nothing.
     for (const Tensor* states : {&query, &key, &value})
       TORCH_CHECK(states->stride(3) == 1 || states->size(3) == 1 || states->numel() == 0, "rows have to be contiguous");
+    TORCH_CHECK(key.size(2) == length && value.size(2) == length, "as many keys and values are needed as queries");
     TORCH_CHECK(heads % kv_heads == 0, heads, " query heads cannot share ", kv_heads, " key/value heads");
   }
 
@@ -140,12 +141,6 @@ void unpack(int64_t rows, int64_t width, const float* from, int64_t padded, floa
   }
 }
 
-void add_row(int64_t width, const float* from, float* to) {
-  const int64_t whole = width / LANES * LANES;
-  for (int64_t j = 0; j < whole; j += LANES) store(to + j, load(to + j) + load(from + j));
-  for (int64_t j = whole; j < width; j++) to[j] += from[j];
-}
-
 struct Lanes {
   int32_t numbers[LANES];
   constexpr Lanes() : numbers() {
@@ -188,7 +183,7 @@ void carry(int64_t count, float decay, const float* from, const float* added, fl
   for (int64_t i = 0; i < count; i += LANES) store(to + i, load(from + i) * decay + load(added + i));
 }
 
-void add_rows(int64_t rows, int64_t width, const float* matrix, float* sums) {
+void sum_rows(int64_t rows, int64_t width, const float* matrix, float* sums) {
   for (int64_t j = 0; j < width; j += LANES) {
     Vector sum{};
     for (int64_t i = 0; i < rows; i++) sum += load(matrix + i * width + j);
@@ -373,7 +368,7 @@ class Reader {
               values_ahead);
       carry(count * value_width, decay, read_ + f * value_width, written_, read_ + f * value_width);
     }
-    add_rows(rows, width, keys_, written_sums_);
+    sum_rows(rows, width, keys_, written_sums_);
     carry(width, decay, normalizer_, written_sums_, normalizer_);
   }
 
@@ -693,13 +688,20 @@ std::tuple<Tensors, std::optional<Tensor>> additive_backward(
     const std::optional<Tensor>& grad_numerator, const std::optional<Tensor>& grad_denominator, Tensor grad_matrix,
     Tensor grad_normalizer, bool elu, bool divide, const Tensors& sums) {
   const Sizes sizes(query, key, value);
-  const Tensors grads = empty_gradients({query, key, value}, sums), &states = sums.empty() ? grads : sums;
+  check_sums(sums, {query, key, value});
+  const Tensors grads = sums.empty() ? empty_gradients({query, key, value}) : Tensors(),
+                &targets = sums.empty() ? grads : sums;
   std::optional<Tensor> grad_log_forget;
   if (log_forget) grad_log_forget = at::empty({sizes.batch, sizes.kv_heads, sizes.length}, query.options());
   const Reading reading(sizes, elu, divide, query, key, value, log_forget, keep, numerator, denominator);
-  const Gradients gradients{
-      reading,           tokens_of(grad_numerator), tokens_of(grad_denominator), Tokens(states[0]),
-      Tokens(states[1]), Tokens(states[2]),         tokens_of(grad_log_forget),  !sums.empty()};
+  const Gradients gradients{reading,
+                            tokens_of(grad_numerator),
+                            tokens_of(grad_denominator),
+                            Tokens(targets[0]),
+                            Tokens(targets[1]),
+                            Tokens(targets[2]),
+                            tokens_of(grad_log_forget),
+                            !sums.empty()};
   const float* kept = memories.data_ptr<float>();
   float *grad_matrices = grad_matrix.data_ptr<float>(), *grad_normalizers = grad_normalizer.data_ptr<float>();
   in_parallel(sizes.batch * sizes.kv_heads, [&](Tasks tasks) {

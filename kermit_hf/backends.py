@@ -68,8 +68,8 @@ class Kernel(NamedTuple):
     """A chunked form in place of PyTorch's, one for a single token where there is any, and what prepares queries and keys for
     them. takes_mask: tokens that do not enter the memory are named by `key_mask`, not by features of zero. divides: with
     `divides=True` numerators come divided by their denominators, those below 1e-30 taken as that. whole_texts: the chunked form
-    is best given a text as a whole, however long. of_parts: the chunked form of parts, see `slots.Parts`, if queries and keys have
-    not to be prepared."""
+    is best given a text as a whole, however long. of_parts: the chunked form of parts, see `slots.Parts`, of kernels whose queries and
+    keys need no preparation, and which leave out tokens by `key_mask` or a write strength."""
 
     chunked: Callable[..., KernelReadout]
     map_queries: Callable

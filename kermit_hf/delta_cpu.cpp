@@ -116,12 +116,8 @@ void unpack(int64_t count, int64_t width, int64_t wide, const float* from, float
   for (int64_t i = 0; i < count; i++) copy_row(width, from + i * wide, to + i * stride);
 }
 
-void add_rows(int64_t count, int64_t width, int64_t wide, const float* from, float* to, int64_t stride) {
-  const int64_t whole = width / LANES * LANES;
-  for (int64_t i = 0; i < count; i++, from += wide, to += stride) {
-    for (int64_t j = 0; j < whole; j += LANES) store(to + j, load(to + j) + load(from + j));
-    for (int64_t j = whole; j < width; j++) to[j] += from[j];
-  }
+void unpack_added(int64_t count, int64_t width, int64_t wide, const float* from, float* to, int64_t stride) {
+  for (int64_t i = 0; i < count; i++) add_row(width, from + i * wide, to + i * stride);
 }
 
 // The dot product of each row of `a` with that of `b`; rows are a whole number of vectors.
@@ -416,6 +412,8 @@ void check(const at::Tensor& query, const at::Tensor& key, const at::Tensor& val
     TORCH_CHECK(tensor->stride(3) == 1 || tensor->size(3) == 1 || tensor->numel() == 0,
                 "the last axis of states must be contiguous");
   }
+  TORCH_CHECK(key.size(2) == query.size(2) && value.size(2) == query.size(2),
+              "as many keys and values are needed as queries");
   TORCH_CHECK(key.size(1) > 0 && query.size(1) % key.size(1) == 0, "heads must be a multiple of kv_heads");
 }
 
@@ -519,7 +517,7 @@ struct Gradients {
   // Rows of a chunk, `width` numbers in rows of whole vectors, as gradients of `tensor`, one of these three.
   void put(const Tokens& tensor, const Chunk& chunk, int64_t batch, int64_t head, int64_t width,
            const float* rows) const {
-    const auto write = adds ? add_rows : unpack;
+    const auto write = adds ? unpack_added : unpack;
     write(chunk.count, width, round_up(width), rows, tensor.at(batch, head, chunk.start), tensor.token);
   }
   // What the rows of the next chunk are to be added to.
@@ -697,14 +695,16 @@ std::tuple<Tensors, at::Tensor, at::Tensor, at::Tensor> delta_backward(
   TORCH_CHECK(memories.is_contiguous() && grad_last.is_contiguous(), "memories must be contiguous");
   const Sizes sizes(query, value);
   const int64_t features = sizes.features, head_dim = sizes.head_dim, memory_size = features * head_dim;
-  const Tensors grads = empty_gradients({query, key, value}, sums), &states = sums.empty() ? grads : sums;
+  check_sums(sums, {query, key, value});
+  const Tensors grads = sums.empty() ? empty_gradients({query, key, value}) : Tensors(),
+                &targets = sums.empty() ? grads : sums;
   at::Tensor grad_strength = at::empty_like(strength), grad_first = at::empty_like(grad_last);
   at::Tensor grad_forget = log_forget.has_value() ? at::empty_like(*log_forget) : at::empty({0}, value.options());
 
   const at::Tensor forget = log_forget.value_or(at::Tensor());
   const Inputs inputs{Tokens(query), Tokens(key), Tokens(value), Tokens(strength), Tokens(forget), maps};
-  const Gradients gradients{Tokens(grad_numerator), Tokens(states[0]),
-                            Tokens(states[1]),      Tokens(states[2]),
+  const Gradients gradients{Tokens(grad_numerator), Tokens(targets[0]),
+                            Tokens(targets[1]),     Tokens(targets[2]),
                             Tokens(grad_strength),  Tokens(forget.defined() ? grad_forget : forget),
                             !sums.empty()};
   const Tokens corrections(written);

@@ -68,12 +68,17 @@ class _DeltaFused(torch.autograd.Function):
         numerator, last, matrices, written = load_cpu_kernels("kermit_hf").delta_forward(*inputs, matrix, maps, keeps)
         ctx.save_for_backward(*inputs, matrices, written)
         ctx.maps, ctx.parts, ctx.shapes = maps, parts, [tensor.shape for tensor in rest]
+        ctx.read_shapes = numerator.shape, last.shape
+        ctx.set_materialize_grads(False)
         return numerator, last, *rest
 
     @staticmethod
     @first_derivative_only
     def backward(ctx, grad_numerator, grad_matrix, *grad_rest):
-        sums = gradients_so_far(grad_rest, ctx.shapes, grad_matrix)
+        sums = gradients_so_far(grad_rest, ctx.shapes, ctx.saved_tensors[0])
+        grad_numerator, grad_matrix = gradients_so_far(
+            (grad_numerator, grad_matrix), ctx.read_shapes, ctx.saved_tensors[0]
+        )
         grads, *grad_gates, grad_first = load_cpu_kernels("kermit_hf").delta_backward(
             *ctx.saved_tensors,
             contiguous_rows(grad_numerator),

@@ -121,33 +121,28 @@ def _far_behind(
 
     # The query in slot i reads up to slot i - window_size: the last queries pair up with the last of these tokens.
     early, skip = max(length - count, 0), max(count - length, 0)
-    # One pair for each token: nothing that a kernel could not take parts of, and give them back, by itself.
-    by_kernel = hands_on and rule.of_parts is not None and skip == 0 and reads_from == start
-    takes_parts = hands_on and not by_kernel
-    readers, query = _take_part(query, early, length, takes_parts)
-    keys, rest_of_keys = _take_part(slots.keys, start, end, takes_parts)
-    values, rest_of_values = _take_part(slots.values, start, end, takes_parts)
     gates = {name: _take_part(gate, start, end, False)[0] for name, gate in slots.gates.items()}
-    slots = slots._replace(keys=rest_of_keys, values=rest_of_values)
-
-    query_features, log_scale = map_queries(readers)
-    tokens = _far_tokens({"key": map_keys(keys), "value": values, **gates}, slots, start, rule.takes_mask)
-    memory = slots.memory
-    if reads_from > start:
-        # Tokens that may still be rolled back are read through a memory that is thrown away.
-        first = {name: tensor[:, :, : reads_from - start] for name, tensor in tokens.items()}
-        memory = rule.chunked(first["key"], **first, memory=memory).memory
-        tokens = {name: tensor[:, :, reads_from - start :] for name, tensor in tokens.items()}
-    paired = pad_zeros(query_features, (0, 0, skip, 0))
-    form = rule.reference if explicit else rule.step if count == 1 and memory is not None else rule.chunked
     options = {"divides": True} if rule.divides else {}
-    if by_kernel:
+    memory, log_scale = slots.memory, None
+    # Not where queries are padded, nor where tokens are read through a memory that is thrown away.
+    if hands_on and rule.of_parts is not None and skip == 0 and reads_from == start:
         parts = Parts(slice(early, length), slice(start, end))
-        others = {name: tensor for name, tensor in tokens.items() if name not in ("key", "value")}
-        states = query, slots.keys, slots.values
-        read, (query, keys, values) = rule.of_parts(*states, parts, **others, memory=memory, **options)
-        slots = slots._replace(keys=keys, values=values)
+        read, query, slots = _read_parts(query, slots, parts, gates, rule, options)
     else:
+        readers, query = _take_part(query, early, length, hands_on)
+        keys, rest_of_keys = _take_part(slots.keys, start, end, hands_on)
+        values, rest_of_values = _take_part(slots.values, start, end, hands_on)
+        slots = slots._replace(keys=rest_of_keys, values=rest_of_values)
+
+        query_features, log_scale = map_queries(readers)
+        tokens = _far_tokens({"key": map_keys(keys), "value": values, **gates}, slots, start, rule.takes_mask)
+        if reads_from > start:
+            # Tokens that may still be rolled back are read through a memory that is thrown away.
+            first = {name: tensor[:, :, : reads_from - start] for name, tensor in tokens.items()}
+            memory = rule.chunked(first["key"], **first, memory=memory).memory
+            tokens = {name: tensor[:, :, reads_from - start :] for name, tensor in tokens.items()}
+        paired = pad_zeros(query_features, (0, 0, skip, 0))
+        form = rule.reference if explicit else rule.step if count == 1 and memory is not None else rule.chunked
         read = form(paired, **tokens, memory=memory, **options)
     num_readers = length - early
     far = FarReadout(
@@ -161,6 +156,24 @@ def _far_behind(
         rule.divides,
     )
     return far, read.memory if absorbed >= end else memory, query, slots
+
+
+def _read_parts(
+    query: torch.Tensor,
+    slots: Slots,
+    parts: Parts,
+    gates: dict[str, torch.Tensor],
+    rule: UpdateRule,
+    options: dict[str, bool],
+) -> tuple[KernelReadout, torch.Tensor, Slots]:
+    """By a kernel that takes the parts itself. Also queries and slots to go on with."""
+    key = slots.keys[:, :, parts.tokens]
+    marks = _far_tokens({"key": key, **gates}, slots, parts.tokens.start, rule.takes_mask)
+    if marks.pop("key") is not key:
+        raise AssertionError("a kernel of parts has to take a mask or write strengths: it does not see changed keys")
+    states = query, slots.keys, slots.values
+    read, (query, keys, values) = rule.of_parts(*states, parts, **marks, memory=slots.memory, **options)
+    return read, query, slots._replace(keys=keys, values=values)
 
 
 def _take_part(tensor: torch.Tensor, start: int, end: int, hands_on: bool) -> tuple[torch.Tensor, torch.Tensor]:

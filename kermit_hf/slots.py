@@ -92,7 +92,7 @@ class TakePart(torch.autograd.Function):
 
 class Parts(NamedTuple):
     """Which slots a kernel takes of queries, and of keys and values. Like `TakePart` it gives back all three tensors as a whole, to be
-    used from then on, and adds its gradients to theirs in place, asking for the same."""
+    used from then on, and adds its gradients to theirs in place, asking for the same; expanded ones it refuses."""
 
     readers: slice
     tokens: slice

@@ -37,20 +37,24 @@ inline std::optional<at::Tensor> empty_gradient(const std::optional<at::Tensor>&
 
 using Tensors = std::vector<at::Tensor>;
 
-// New gradients of states, or none where there are sums of their gradients so far, to which these are added.
-inline Tensors empty_gradients(const Tensors& states, const Tensors& sums) {
+inline Tensors empty_gradients(const Tensors& states) {
   Tensors gradients;
-  for (size_t i = 0; i < states.size(); i++) {
-    if (sums.empty()) {
-      gradients.push_back(empty_gradient(states[i]));
-    } else {
-      const at::Tensor& sum = sums.at(i);
-      TORCH_CHECK(sum.sizes() == states[i].sizes() && sum.scalar_type() == at::kFloat &&
-                      (sum.stride(3) == 1 || sum.size(3) == 1),
-                  "a sum of gradients must have the shape of its states, be float32 and have contiguous rows");
-    }
-  }
+  for (const at::Tensor& each : states) gradients.push_back(empty_gradient(each));
   return gradients;
+}
+
+// Sums of gradients so far of these states, or none at all. A kernel that adds to them takes each entry for one of its
+// own.
+inline void check_sums(const Tensors& sums, const Tensors& states) {
+  if (sums.empty()) return;
+  TORCH_CHECK(sums.size() == states.size(), "there have to be sums for all states or for none");
+  for (size_t i = 0; i < sums.size(); i++) {
+    TORCH_CHECK(sums[i].sizes() == states[i].sizes() && sums[i].scalar_type() == at::kFloat &&
+                    (sums[i].stride(3) == 1 || sums[i].size(3) == 1 || sums[i].numel() == 0),
+                "a sum of gradients must have the shape of its states, be float32 and have contiguous rows");
+    for (int64_t axis = 0; axis < sums[i].dim(); axis++)
+      TORCH_CHECK(sums[i].stride(axis) != 0 || sums[i].size(axis) <= 1, "a sum of gradients must not be expanded");
+  }
 }
 
 }  // namespace tensors

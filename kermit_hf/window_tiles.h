@@ -233,8 +233,7 @@ inline void unpack_rows(const float* from, int64_t count, int64_t dim, int64_t w
 }
 
 inline void add_rows(const float* from, int64_t count, int64_t dim, float* to, int64_t stride) {
-  for (int64_t row = 0; row < count; row++)
-    for (int64_t i = 0; i < dim; i++) to[row * stride + i] += from[row * dim + i];
+  for (int64_t row = 0; row < count; row++) add_row(dim, from + row * dim, to + row * stride);
 }
 
 // Turns those rows of a block of queries that there are, or of gradients, forth or back.

@@ -274,6 +274,13 @@ class Scratch {
   std::unique_ptr<float[], Free> memory_;
 };
 
+// to += from, of any number of entries.
+inline void add_row(int64_t width, const float* from, float* to) {
+  const int64_t whole = width / LANES * LANES;
+  for (int64_t j = 0; j < whole; j += LANES) store(to + j, load(to + j) + load(from + j));
+  for (int64_t j = whole; j < width; j++) to[j] += from[j];
+}
+
 // Rows (rows, width) of a matrix whose rows lie `stride` apart, one after the other.
 inline void pack(int64_t rows, int64_t width, const float* from, int64_t stride, float* to) {
   for (int64_t i = 0; i < rows; i++) std::memcpy(to + i * width, from + i * stride, width * sizeof(float));
