@@ -75,12 +75,11 @@ class _DeltaFused(torch.autograd.Function):
     @staticmethod
     @first_derivative_only
     def backward(ctx, grad_numerator, grad_matrix, *grad_rest):
-        sums = gradients_so_far(grad_rest, ctx.shapes, ctx.saved_tensors[0])
-        grad_numerator, grad_matrix = gradients_so_far(
-            (grad_numerator, grad_matrix), ctx.read_shapes, ctx.saved_tensors[0]
-        )
+        saved = ctx.saved_tensors  # once: gradient checkpointing refuses a second time
+        sums = gradients_so_far(grad_rest, ctx.shapes, saved[0])
+        grad_numerator, grad_matrix = gradients_so_far((grad_numerator, grad_matrix), ctx.read_shapes, saved[0])
         grads, *grad_gates, grad_first = load_cpu_kernels("kermit_hf").delta_backward(
-            *ctx.saved_tensors,
+            *saved,
             contiguous_rows(grad_numerator),
             grad_matrix.contiguous(),
             ctx.maps,

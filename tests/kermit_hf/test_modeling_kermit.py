@@ -16,8 +16,10 @@ from kermit_hf import (
     KermitForSequenceClassification,
     KermitForTokenClassification,
     KermitModel,
+    kernel_backend,
     register_feature_map,
 )
+from kermit_hf.cpu_kernels import cpu_misfit
 from kermit_hf.feature_maps import FEATURE_MAPS, EluFeatureMap
 
 from .tiny_models import (
@@ -43,6 +45,9 @@ HEADS = {
     "AutoModelForTokenClassification": KermitForTokenClassification,
     "AutoModelForQuestionAnswering": KermitForQuestionAnswering,
 }
+
+CPU_MISFIT = cpu_misfit(torch.device("cpu"))
+NEEDS_CPP = pytest.mark.skipif(CPU_MISFIT is not None, reason=f"kernels for CPUs cannot run: {CPU_MISFIT}")
 
 # Rows shorter and longer than every window; 1 is the shortest text there is.
 LENGTHS = (13, 1, 22, 4)
@@ -670,20 +675,23 @@ class TestPrecision:
         assert double.dtype == torch.float64
         torch.testing.assert_close(model.float()(input_ids).logits, double.float(), atol=1e-4, rtol=1e-4)
 
+    @pytest.mark.parametrize("use_reentrant", [False, True])
+    @pytest.mark.parametrize("backend", ["torch", pytest.param("cpp", marks=NEEDS_CPP)])
     @pytest.mark.parametrize("setting", SETTINGS)
-    def test_gradient_checkpointing_changes_nothing(self, setting):
+    def test_gradient_checkpointing_changes_nothing(self, setting, backend, use_reentrant):
         model = tiny_model(setting).train()
         input_ids, mask = place([tokens(length) for length in LENGTHS], "right")
         labels = input_ids.masked_fill(mask == 0, -100)
 
         def gradients():
             model.zero_grad()
-            loss = model(input_ids, attention_mask=mask, labels=labels, use_cache=False).loss
-            loss.backward()
+            with kernel_backend(backend):
+                loss = model(input_ids, attention_mask=mask, labels=labels, use_cache=False).loss
+                loss.backward()
             return loss, {name: p.grad for name, p in model.named_parameters()}
 
         loss, expected = gradients()
-        model.gradient_checkpointing_enable()
+        model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
         checkpointed_loss, result = gradients()
         assert torch.equal(loss, checkpointed_loss)
         for name, gradient in expected.items():

@@ -129,6 +129,26 @@ def test_models_give_the_same_logits_and_gradients(conv_kernel_size, calls):
         torch.testing.assert_close(results[1][1][name], grad, rtol=1e-4, atol=1e-5, msg=name)
 
 
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing_changes_no_gradient(use_reentrant, calls):
+    no_dropout = {"attention_probs_dropout_prob": 0.0, "hidden_dropout_prob": 0.0}
+    config = tiny_config(hidden_size=32, num_attention_heads=2, **no_dropout)
+    model = NystromformerHFForMaskedLM(config).train()
+    tokens = random_tokens(2, 40)
+
+    def gradients():
+        model.zero_grad()
+        with kernel_backend("cpp"):
+            model(input_ids=tokens, labels=tokens).loss.backward()
+        return {name: weight.grad for name, weight in model.named_parameters()}
+
+    expected = gradients()
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    result = gradients()
+    assert len(calls) == 3 * config.num_hidden_layers  # once, and twice with checkpoints
+    torch.testing.assert_close(result, expected)
+
+
 @pytest.mark.parametrize(
     "change",
     [
